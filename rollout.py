@@ -1,0 +1,556 @@
+"""Trajectories -> tokens, and the two things that a policy does with them: it plays or practises, and it scores.
+
+The one structural idea: all states of an expert trajectory are prefixes of ONE token sequence, the trunk, and every practice
+action is a leaf that branches off at its step.
+
+    trunk   prompt  o1  a1  o2  a2  o3  a3        expert actions a1, a2, a3 lie on the trunk
+                      \\       \\       \\
+    leaves            a1'     a2'     a3'         practice actions; token t of a leaf stands at position (start of a_i) + t
+                      a1"     a2"     a3"         and sees the trunk before a_i and its own leaf, nothing else
+
+So `practice` prefills each trunk once and decodes all its leaves together, and `score` gets every log-prob, expert's and agent's,
+from one forward pass. Both are exact: tests compare them with one forward pass per prefix.
+
+The model is any Llama, Mistral, Qwen2 or Qwen3 of transformers. Its attention is replaced through the library's own hook by a
+function that asks the `tree` it is given (a keyword argument of the model call) who sees whom: Packed, LeafCache or RowCache.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+
+from losses import entropy, token_logps
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")   # plain softmax attention; others cap logits or add sinks, which the tree lacks
+
+
+class InputError(Exception):
+    """Bad input: one line that names the file, row or option and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------------------- trajectories
+
+@dataclass
+class Step:
+    """One turn: what the world said, and the whole ReAct turn ("Thought: ...\\nAction: ...") that answered it."""
+    observation: str
+    action: str
+    ids: list[int] | None = None                     # the sampled token ids, stop token included, where the agent wrote it
+
+
+@dataclass
+class Trajectory:
+    """t = (o_1, a_1, ..., o_n, a_n) after a prompt of chat messages; reward in [0, 1]."""
+    task_id: str
+    prompt: list[dict[str, str]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    reward: float = 0.0
+    truncated: bool = False                          # cut by the step limit or the model's context, not ended by the world
+    info: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Encoded:
+    """A trajectory as tokens; spans[i] = [start, end) of action i, its stop token included. State i is ids[:start]."""
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    task_id: str = ""
+
+
+def segment(trajectory: Trajectory) -> list[tuple[Trajectory, str]]:
+    """Eq. 4: the n step-wise learning targets of an expert trajectory, as (state s_i, expert action a_i).
+    The state is the trajectory so far, its last step holding the observation o_i and an empty action."""
+    return [(Trajectory(trajectory.task_id, trajectory.prompt, trajectory.steps[:i] + [Step(step.observation, "")]), step.action)
+            for i, step in enumerate(trajectory.steps)]
+
+
+# ---------------------------------------------------------------------------------------- one renderer from text to (ids, spans)
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except TemplateError as error:                                       # e.g. a system role where the template knows none
+        raise InputError(f"chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses the conversation ({error}); "
+                         "its roles are " + ", ".join(m["role"] for m in messages[:4]) + ": change the prompt or the template") from None
+    return tokenizer(text, add_special_tokens=False).input_ids           # the template writes its own BOS: never a second one
+
+
+def _suffix(tokenizer, shorter: list[int], longer: list[int], task_id: str = "") -> list[int]:
+    if longer[:len(shorter)] != shorter:
+        raise InputError(f"chat template of {tokenizer.name_or_path or 'the tokenizer'} breaks the prefix property"
+                         f"{f' in trajectory {task_id}' if task_id else ''}: a longer conversation does not begin with the tokens of "
+                         "a shorter one (it rewrites history); give the tokenizer a chat_template that keeps every turn as it was")
+    return longer[len(shorter):]
+
+
+_USER = [{"role": "user", "content": "x"}]           # a stand-in history: what a turn adds must not depend on the turns before
+
+
+@lru_cache(maxsize=16)
+def _special_ids(tokenizer) -> frozenset[int]:
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+@lru_cache(maxsize=100_000)
+def state_ids(tokenizer, observation: str) -> list[int]:
+    """Tokens between an action's stop token and the next action: the observation with the template around it."""
+    history = _USER + [{"role": "assistant", "content": "x"}]
+    closed = _render(tokenizer, history, False)
+    stop = _stop_index(tokenizer, _suffix(tokenizer, _render(tokenizer, _USER, True), closed)) + len(_render(tokenizer, _USER, True))
+    longer = _render(tokenizer, history + [{"role": "user", "content": observation}], True)
+    return _suffix(tokenizer, closed[:stop + 1], longer)
+
+
+@lru_cache(maxsize=100_000)
+def action_ids(tokenizer, action: str) -> list[int]:
+    """Tokens of an action as the agent would write it, stop token included."""
+    state = _render(tokenizer, _USER, True)
+    ids = _suffix(tokenizer, state, _render(tokenizer, _USER + [{"role": "assistant", "content": action}], False))
+    return ids[:_stop_index(tokenizer, ids) + 1]
+
+
+def _stop_index(tokenizer, ids: list[int]) -> int:
+    for i, token in enumerate(ids):
+        if token in _special_ids(tokenizer):
+            return i
+    raise InputError(f"chat template of {tokenizer.name_or_path or 'the tokenizer'} ends an assistant turn without a special stop "
+                     "token; give the tokenizer a chat_template that writes one")
+
+
+def stop_ids(tokenizer) -> set[int]:
+    """The tokens that end an action: the one that the chat template writes after an assistant turn, and the tokenizer's EOS."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; use an instruct model, or set "
+                         "chat_template in its tokenizer_config.json")
+    return {action_ids(tokenizer, "x")[-1]} | ({tokenizer.eos_token_id} - {None})
+
+
+def prompt_ids(tokenizer, prompt: list[dict], observation: str) -> list[int]:
+    """Tokens of the first state: prompt, first observation, and the template's call for an answer."""
+    return _render(tokenizer, prompt + [{"role": "user", "content": observation}], True)
+
+
+def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Tokens and action spans. Sampled ids are used where a step kept them; a trajectory of text alone is checked, on token ids,
+    against the template's rendering of the whole conversation. InputError: no actions, or a template that rewrites history."""
+    stops = stop_ids(tokenizer)
+    if not trajectory.steps:
+        raise InputError(f"trajectory {trajectory.task_id} has no actions; remove it from the expert file")
+    ids, spans = prompt_ids(tokenizer, trajectory.prompt, trajectory.steps[0].observation), []
+    for i, step in enumerate(trajectory.steps):
+        ids += state_ids(tokenizer, step.observation) if i else []
+        action = step.ids if step.ids is not None else action_ids(tokenizer, step.action)
+        spans.append((len(ids), len(ids) + len(action)))
+        ids += action
+        if action[-1] not in stops and i < len(trajectory.steps) - 1:
+            ids.append(action_ids(tokenizer, "x")[-1])                   # an action cut short: the turn is closed, unsupervised
+    if all(step.ids is None for step in trajectory.steps):
+        messages = list(trajectory.prompt)
+        for step in trajectory.steps:
+            messages += [{"role": "user", "content": step.observation}, {"role": "assistant", "content": step.action}]
+        _suffix(tokenizer, ids, _render(tokenizer, messages, False), trajectory.task_id)
+    return Encoded(ids, spans, trajectory.task_id)
+
+
+# ------------------------------------------------------------------------------------------------------ attention over a tree
+
+def _tree_attention(module, query, key, value, attention_mask, scaling, tree=None, sliding_window=None, **_):
+    """Registered with transformers. query [R, H, T, D], key and value [R, H_kv, T, D] of this call's tokens alone."""
+    assert tree is not None and attention_mask is None, "the model must be called with tree=... and without a mask"
+    query, key = query.to(value.dtype), key.to(value.dtype)             # under autocast, rotary embedding has made them fp32
+    return tree.attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+
+
+AttentionInterface.register("trunk_and_leaves", _tree_attention)
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Switch the model to tree attention, for good (gradient checkpointing reads the setting again in the backward pass)."""
+    if model.config.model_type not in SUPPORTED:
+        raise InputError(f"model family {model.config.model_type!r} is not supported; use one of {', '.join(SUPPORTED)}")
+    if model.config._attn_implementation != "trunk_and_leaves":
+        model.set_attn_implementation("trunk_and_leaves")
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Tensor:
+    """Last hidden states [R, T, d] of ids [R, T]; the output head runs later, at scored positions only."""
+    return model.model(input_ids=ids, position_ids=positions, use_cache=False, tree=tree).last_hidden_state
+
+
+def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Packed:
+    """Who sees whom in one packed row [trunk, leaves, trunk, leaves, ...]: per trajectory one causal call over its trunk, and per
+    step with leaves one call over [its prefix, its leaves]. No L x L mask unless a sliding window is shorter than the trunk."""
+
+    def __init__(self, keep: bool = False):
+        self.pieces: list[tuple] = []                # ("trunk", start, end) | ("leaves", trunk start, prefix, start, lengths)
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None        # layer -> keys, values (prefill)
+        self._masks: dict[tuple, Tensor] = {}        # the layers share them
+
+    def attend(self, layer, q, k, v, scaling, window):
+        if self.kept is not None:
+            self.kept[layer] = (k, v)
+        out = []
+        for piece in self.pieces:
+            if piece[0] == "trunk":
+                _, a, b = piece
+                mask = self._mask(piece, window, q.device) if window and b - a > window else None
+                out.append(_sdpa(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, mask, causal=mask is None))
+            else:
+                _, t, prefix, a, lengths = piece
+                b = a + sum(lengths)
+                keys, values = (torch.cat([x[:, :, t:t + prefix], x[:, :, a:b]], 2) for x in (k, v))
+                out.append(_sdpa(q[:, :, a:b], keys, values, scaling, self._mask(piece, window, q.device)))
+        return torch.cat(out, 2)
+
+    def _mask(self, piece, window, device) -> Tensor:
+        """True where a query (row) sees a key (column)."""
+        if (piece, window) not in self._masks:
+            if piece[0] == "trunk":
+                q_pos = k_pos = torch.arange(piece[2] - piece[1], device=device)
+                same = True
+            else:
+                _, _, prefix, _, lengths = piece
+                q_pos = torch.cat([torch.arange(prefix, prefix + n, device=device) for n in lengths])
+                leaf = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+                k_pos = torch.cat([torch.arange(prefix, device=device), q_pos])
+                same = (leaf[:, None] == torch.cat([leaf.new_full((prefix,), -1), leaf])) | (k_pos < prefix)
+            mask = same & (k_pos <= q_pos[:, None])
+            self._masks[piece, window] = mask & (k_pos > q_pos[:, None] - window) if window else mask
+        return self._masks[piece, window]
+
+
+# -------------------------------------------------------------------------------------------------------------------- scoring
+
+@dataclass
+class Scores:
+    """What one forward pass over trunks and leaves gives. S expert steps in order, N leaves in order, d hidden size.
+    Log-probs and entropies are in nats, fp32, differentiable; per-token values are flat, cut by the lengths."""
+    trunk: Tensor                                    # [S] summed log-prob of each expert action
+    leaves: Tensor                                   # [N] summed log-prob of each practice action
+    trunk_tokens: Tensor                             # [sum of trunk_lengths] log-prob of each expert token
+    leaf_tokens: Tensor                              # [sum of leaf_lengths]
+    trunk_entropy: Tensor                            # [sum of trunk_lengths] entropy where each expert token was predicted
+    leaf_entropy: Tensor                             # [sum of leaf_lengths]
+    trunk_lengths: list[int]
+    leaf_lengths: list[int]
+    state_hidden: Tensor                             # [S, d] at the state's last token, before the action
+    trunk_hidden: Tensor                             # [S, d] at the expert action's last token
+    leaf_hidden: Tensor                              # [N, d] at the practice action's last token
+
+
+def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tuple[int, list[int]]]] | None = None) -> Scores:
+    """Log-probs of all expert actions and all leaves in ONE forward pass (module docstring). leaves[j] = [(step index, token ids)]
+    of trajectory j, in any order; Scores.leaves keeps that order. Memory: the caller chooses how many trajectories share a pass."""
+    use_tree_attention(model)
+    leaves = leaves if leaves is not None else [[] for _ in encoded]
+    assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} lists of leaves"
+    tree, ids, positions = Packed(), [], []
+    rows: dict[str, list] = {"trunk": [], "leaf": []}                   # per action: (rows that predict its tokens, its token ids)
+    last: dict[str, list[int]] = {"state": [], "trunk": [], "leaf": []}
+    for item, own in zip(encoded, leaves):
+        t0 = len(ids)
+        tree.pieces.append(("trunk", t0, t0 + len(item.ids)))
+        ids += item.ids
+        positions += range(len(item.ids))
+        for start, end in item.spans:
+            rows["trunk"].append((range(t0 + start - 1, t0 + end - 1), item.ids[start:end]))
+            last["state"].append(t0 + start - 1)
+            last["trunk"].append(t0 + end - 1)
+        placed: dict[int, tuple] = {}
+        for step in sorted({step for step, _ in own}):                   # the leaves of a step lie side by side
+            mine, start = [j for j, (s, _) in enumerate(own) if s == step], item.spans[step][0]
+            tree.pieces.append(("leaves", t0, start, len(ids), tuple(len(own[j][1]) for j in mine)))
+            for j in mine:
+                leaf, a = own[j][1], len(ids)
+                assert leaf, f"empty practice action at step {step} of {item.task_id}"
+                placed[j] = ([t0 + start - 1, *range(a, a + len(leaf) - 1)], leaf, a + len(leaf) - 1)
+                ids += leaf
+                positions += range(start, start + len(leaf))
+        rows["leaf"] += [placed[j][:2] for j in range(len(own))]
+        last["leaf"] += [placed[j][2] for j in range(len(own))]
+    device = model.device
+    hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
+    both = rows["trunk"] + rows["leaf"]
+    select = torch.tensor([r for predict, _ in both for r in predict], device=device)
+    targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
+    logps, entropies = _head(model, hidden[select], targets)
+    lengths = [len(tokens) for _, tokens in both]
+    owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
+    sums = logps.new_zeros(len(both)).index_add(0, owner, logps)
+    n, t = len(rows["trunk"]), sum(lengths[:len(rows["trunk"])])
+    at = {name: hidden[torch.tensor(index, device=device, dtype=torch.long)] for name, index in last.items()}
+    return Scores(sums[:n], sums[n:], logps[:t], logps[t:], entropies[:t], entropies[t:], lengths[:n], lengths[n:],
+                  at["state"], at["trunk"], at["leaf"])
+
+
+def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of targets [N] at hidden [N, d], in chunks: N x V logits never exist at once, and with more
+    than one chunk they are computed again in the backward pass."""
+    def part(h, t):
+        logits = model.lm_head(h)
+        return token_logps(logits, t), entropy(logits)
+    again = torch.is_grad_enabled() and len(targets) > chunk
+    parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+# ----------------------------------------------------------------------------------------------------------------- inspection
+
+def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """One token a row. logits [R, V]; temperature [R], 0 = greedy; u [R] uniform in [0, 1), the row's own random number: inverting
+    the distribution function with it makes the token independent of what else is in the batch. -> [R]"""
+    logits = logits.float()
+    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    cdf = torch.softmax(logits / heat, -1).double().cumsum(-1)
+    drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+
+
+class LeafCache:
+    """KV cache of practice: each trunk's keys and values stand once, for all its leaves; a leaf keeps its own few tokens.
+    Rows are leaves, those of one trunk side by side; all have the same number of own tokens, `length`."""
+
+    def __init__(self, trunks: dict[int, tuple[Tensor, Tensor]], bounds: list[tuple[int, int]], owner: Tensor, prefix: Tensor):
+        self.trunks = {layer: [(k[:, :, a:b], v[:, :, a:b]) for a, b in bounds] for layer, (k, v) in trunks.items()}
+        self.owner, self.prefix, self.length = owner, prefix, 0          # [R] trunk of each row, [R] trunk tokens that it sees
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
+
+    def _append(self, layer, k, v):
+        if layer not in self.own or self.own[layer][0].shape[2] == self.length:
+            room = [x.new_empty(x.shape[0], x.shape[1], max(32, self.length), x.shape[3]) for x in (k, v)]
+            self.own[layer] = tuple(room) if layer not in self.own else tuple(
+                torch.cat([x, r], 2) for x, r in zip(self.own[layer], room))
+        for buffer, x in zip(self.own[layer], (k, v)):
+            buffer[:, :, self.length] = x[:, :, 0]
+
+    def attend(self, layer, q, k, v, scaling, window):
+        """Two softmaxes, one over the trunk's prefix and one over the leaf, joined by their normalisers."""
+        self._append(layer, k, v)
+        n, (rows, heads, _, dim) = self.length + 1, q.shape
+        q = q.view(rows, k.shape[1], heads // k.shape[1], dim) * scaling                       # [R, H_kv, G, D]
+        own_k, own_v = (x[:, :, max(0, n - window) if window else 0:n] for x in self.own[layer])
+        scores = (q @ own_k.transpose(2, 3)).float()                                           # [R, H_kv, G, n]
+        own_lse, own_out = scores.logsumexp(-1, keepdim=True), scores.softmax(-1).to(v.dtype) @ own_v
+        lse, out = torch.empty_like(own_lse), torch.empty_like(own_out)
+        for trunk, a, b in self._ranges():
+            keys, values = self.trunks[layer][trunk]
+            far = torch.arange(keys.shape[2], device=q.device)
+            hidden = far >= self.prefix[a:b, None]
+            if window:
+                hidden = hidden | (far <= self.prefix[a:b, None] + self.length - window)
+            flat = q[a:b].transpose(0, 1).reshape(1, k.shape[1], -1, dim)                      # [1, H_kv, rows * G, D]
+            scores = (flat @ keys.transpose(2, 3)).float().view(k.shape[1], b - a, -1, keys.shape[2])
+            scores = scores.masked_fill(hidden[:, None], -1e30)                                # finite: a row may see no trunk
+            lse[a:b] = scores.logsumexp(-1, keepdim=True).transpose(0, 1)
+            found = scores.softmax(-1).to(v.dtype).view(1, k.shape[1], -1, keys.shape[2]) @ values
+            out[a:b] = found.view(k.shape[1], b - a, -1, dim).transpose(0, 1)
+        share = torch.sigmoid(lse - own_lse).to(v.dtype)
+        return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
+
+    def _ranges(self) -> list[tuple[int, int, int]]:
+        """(trunk, first row, end row) of the trunks that still have rows."""
+        trunks, counts = torch.unique_consecutive(self.owner, return_counts=True)
+        ends = counts.cumsum(0)
+        return list(zip(trunks.tolist(), (ends - counts).tolist(), ends.tolist()))
+
+    def keep(self, rows: Tensor):
+        self.owner, self.prefix = self.owner[rows], self.prefix[rows]
+        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+
+
+@torch.no_grad()
+def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature: float | Sequence[float], max_new_tokens: int,
+             stop_ids: Iterable[int], generator: torch.Generator | list[torch.Generator] | None = None) -> list[list[list[list[int]]]]:
+    """Eq. 5, the inspection: k practice actions for every expert step, [trajectory][step][k] token ids, the stop token kept.
+    Prefills each trunk once, then decodes all leaves of all given trajectories together. temperature: one for all, or one per
+    practice action (0 = greedy). generator: one per trajectory makes the result independent of packing; CPU generators."""
+    use_tree_attention(model)
+    device, stops = model.device, torch.tensor(sorted(stop_ids), device=model.device)
+    heats = [temperature] * k if isinstance(temperature, (int, float)) else list(temperature)
+    assert len(heats) == k, f"{len(heats)} temperatures for k = {k}"
+    gens = generator if isinstance(generator, list) else [generator] * len(encoded)
+
+    tree, ids, positions, states, prefix, owner, noise = Packed(keep=True), [], [], [], [], [], []
+    for j, (item, gen) in enumerate(zip(encoded, gens, strict=True)):    # prefill: each trunk up to its last state
+        t0, end = len(ids), item.spans[-1][0]
+        tree.pieces.append(("trunk", t0, t0 + end))
+        ids += item.ids[:end]
+        positions += range(end)
+        for start, _ in item.spans:
+            states += [t0 + start - 1] * k
+            prefix += [start] * k
+            owner += [j] * k
+        noise.append(torch.rand(len(item.spans) * k, max_new_tokens, generator=gen, dtype=torch.float64))
+    hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
+    hidden, noise = hidden[torch.tensor(states, device=device)], torch.cat(noise).to(device)
+    heat = torch.tensor(heats * (len(states) // k), device=device)
+    cache = LeafCache(tree.kept, [piece[1:] for piece in tree.pieces], torch.tensor(owner, device=device),
+                      torch.tensor(prefix, device=device))
+
+    written = torch.zeros(len(states), max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.full((len(states),), max_new_tokens, device=device)
+    rows = torch.arange(len(states), device=device)                      # leaves still in the batch
+    for t in range(max_new_tokens):                                      # decode
+        token = sample(model.lm_head(hidden), heat[rows], noise[rows, t])
+        written[rows, t] = token
+        done = torch.isin(token, stops) & (lengths[rows] == max_new_tokens)
+        lengths[rows[done]] = t + 1
+        alive = lengths[rows] == max_new_tokens
+        if t == max_new_tokens - 1 or not alive.any():
+            break
+        if alive.sum() < 0.8 * len(rows):                                # finished leaves go, in bulk: moving the cache costs too
+            cache.keep(alive.nonzero()[:, 0])
+            rows, token = rows[alive], token[alive]
+        hidden = _forward(model, token[:, None], (cache.prefix + cache.length)[:, None], cache)[:, 0]
+        cache.length += 1
+    flat = iter([row[:n] for row, n in zip(written.tolist(), lengths.tolist())])
+    return [[[next(flat) for _ in range(k)] for _ in item.spans] for item in encoded]
+
+
+# ------------------------------------------------------------------------------------------------------------------- episodes
+
+class RowCache:
+    """KV cache of episodes, kept across turns: row r holds lengths[r] tokens, and may get several new ones in one call."""
+
+    def __init__(self, rows: int, device):
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
+
+    def begin(self, width: int):
+        """Announce `width` new tokens a row; -> their positions [R, width]."""
+        self.positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+        self.end = int(self.lengths.max()) + width
+        self.row = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+        return self.positions
+
+    def attend(self, layer, q, k, v, scaling, window):
+        held = self.own.get(layer, (k[:, :, :0], v[:, :, :0]))
+        if held[0].shape[2] < self.end:
+            room = max(128, self.end, 3 * held[0].shape[2] // 2) - held[0].shape[2]
+            held = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], 2) for x in held)
+            self.own[layer] = held
+        for buffer, x in zip(held, (k, v)):
+            buffer[self.row, :, self.positions] = x.transpose(1, 2)      # a short row's padding is overwritten by its next tokens
+        far = torch.arange(self.end, device=q.device)
+        mask = far <= self.positions[..., None]
+        if window:
+            mask &= far > self.positions[..., None] - window
+        return _sdpa(q, held[0][:, :, :self.end], held[1][:, :, :self.end], scaling, mask[:, None])
+
+    def keep(self, rows: Tensor):
+        self.lengths = self.lengths[rows]
+        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+
+
+@dataclass
+class _Row:
+    """One running episode: its world, what is written so far, and the tokens that the model has not read yet."""
+    episode: object
+    trajectory: Trajectory
+    observation: str
+    generator: torch.Generator
+    pending: list[int]
+    length: int = 0                                  # tokens read
+    invalid: int = 0
+    done: bool = False
+
+
+@torch.no_grad()
+def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env, task_ids: Sequence[str], *,
+                 prompt: list[dict] = (), temperature: float = 0.0, max_new_tokens: int = 512, batch: int = 64, seed: int = 0,
+                 progress: Callable[[int], object] = lambda n: None) -> list[Trajectory]:
+    """Plays the tasks, `batch` worlds at once, and returns their trajectories in order, sampled ids kept, info["invalid"] =
+    number of invalid actions. Greedy at temperature 0; otherwise seeded by (seed, task), whatever shares the batch. An episode
+    that outgrows the model's context ends as truncated. progress(n) is called as n more tasks end."""
+    use_tree_attention(model)
+    finished: list[Trajectory] = []
+    for i in range(0, len(task_ids), batch):
+        rows = [_start(env, tokenizer, task, list(prompt), seed) for task in task_ids[i:i + batch]]
+        everyone, cache = list(rows), RowCache(len(rows), model.device)
+        with ThreadPoolExecutor(8) as pool:
+            while rows:
+                actions = _write_actions(model, rows, cache, temperature, max_new_tokens, stop_ids(tokenizer))
+                list(pool.map(lambda pair: _answer(env, tokenizer, model.config.max_position_embeddings, *pair), zip(rows, actions)))
+                alive = [j for j, row in enumerate(rows) if not row.done]
+                progress(len(rows) - len(alive))
+                if len(alive) < len(rows):
+                    cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
+                    rows = [rows[j] for j in alive]
+        finished += [row.trajectory for row in everyone]
+    return finished
+
+
+def _start(env, tokenizer, task: str, prompt: list[dict], seed: int) -> _Row:
+    episode, observation = env.start(task)
+    generator = torch.Generator().manual_seed(stable_seed(seed, task))
+    return _Row(episode, Trajectory(task, prompt), observation, generator, prompt_ids(tokenizer, prompt, observation))
+
+
+def stable_seed(*parts) -> int:
+    """A 63-bit seed from the parts' text, the same in every process: sampling depends on what is sampled, not on where."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _write_actions(model, rows: list[_Row], cache: RowCache, temperature: float, max_new_tokens: int, stops: set[int]) -> list[list[int]]:
+    """Every row reads its pending tokens (prefill), then all write one action each, token by token (decode)."""
+    device, limit = model.device, model.config.max_position_embeddings
+    width = max(len(row.pending) for row in rows)
+    ids = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows], device=device)
+    new = torch.tensor([len(row.pending) for row in rows], device=device)
+    hidden = _forward(model, ids, cache.begin(width), cache)[torch.arange(len(rows), device=device), new - 1]
+    cache.lengths = cache.lengths + new
+    heat = torch.full((len(rows),), float(temperature), device=device)
+    room = [min(max_new_tokens, limit - n) for n in cache.lengths.tolist()]
+    noise = torch.stack([torch.rand(max_new_tokens, generator=row.generator, dtype=torch.float64) for row in rows]).to(device)
+    actions: list[list[int]] = [[] for _ in rows]
+    open_rows = [True] * len(rows)
+    for t in range(max_new_tokens):
+        token = sample(model.lm_head(hidden), heat, noise[:, t])
+        for j, value in enumerate(token.tolist()):
+            if open_rows[j]:
+                actions[j].append(value)
+                open_rows[j] = value not in stops and len(actions[j]) < room[j]
+        if not any(open_rows):
+            break
+        writing = torch.tensor(open_rows, device=device)                 # the others idle: their length stands still
+        hidden = _forward(model, token[:, None], cache.begin(1), cache)[:, 0]
+        cache.lengths = cache.lengths + writing
+    for row, action, n in zip(rows, actions, cache.lengths.tolist()):
+        row.length, row.pending = n, action[-1:]                         # the last token is sampled, not read
+    return actions
+
+
+def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:
+    """The world answers one action; the row's pending tokens become what the model reads next."""
+    stops, trajectory = stop_ids(tokenizer), row.trajectory
+    text = tokenizer.decode(action[:-1] if action[-1] in stops else action)
+    observation, trajectory.reward, ended, info = row.episode.step(text)
+    trajectory.steps.append(Step(row.observation, text, action))
+    row.invalid += not info["valid"]
+    trajectory.info = {"invalid": row.invalid, **{name: x for name, x in info.items() if name != "valid"}}
+    if action[-1] not in stops:
+        row.pending = row.pending + [action_ids(tokenizer, "x")[-1]]
+    row.pending = row.pending + state_ids(tokenizer, observation)
+    row.observation = observation
+    outgrown = row.length + len(row.pending) >= limit
+    trajectory.truncated = not ended and (outgrown or len(trajectory.steps) >= env.max_steps(trajectory.task_id))
+    if outgrown and not ended:
+        trajectory.info["outgrown"] = 1
+    row.done = ended or trajectory.truncated
+    if row.done and hasattr(row.episode, "close"):
+        row.episode.close()

@@ -1,0 +1,830 @@
+"""StepAgent: LLM agent policy optimisation via step-wise reinforcement learning (WWW '25), from scratch.
+
+    python stepagent.py --env household --model tiny --method stepagent-implicit --out runs/x
+    torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model meta-llama/Meta-Llama-3-8B-Instruct \\
+             --method stepagent-inverse --out runs/y
+
+`main` is Algorithm 1. The same command again continues after the last finished phase. Where the paper is silent or contradicts
+itself, we read it as follows:
+
+ 1. Sign of D. D = P(expert). Eq. 11 minimised as it stands is unbounded; D minimises the cross-entropy -E_expert[log D] -
+    E_agent[log(1 - D)] and the reward is log D, which rises with expert-likeness. Eq. 9-10 label D the other way round (log D a
+    cost); their saddle point would give the reward -log(1 - D), so section 5's JS argument does not carry over to log D as it is.
+ 2. Order. Lines 9-12 alternate D and policy batch by batch. We train D on the iteration's data first and take the PPO steps then:
+    D is useful before it is trusted. D is warm-started across iterations.
+ 3. D never scores what it was trained on: two folds by task, each scored by the D of the other; log D is clamped at -5.
+ 4. D's architecture is not given: a small MLP on frozen features of (s, a), the last hidden state at the action's final token and
+    the action's log-prob under the iteration's starting policy.
+ 5. Reference of eq. 6 = the policy at the start of the iteration. No second model is loaded: reference log-probs and features come
+    from one pass of the training forward, kept with the practice actions.
+ 6. Eq. 2 lacks the log that eq. 3 has: SFT is the mean negative log-prob of action tokens, the stop token included.
+ 7. Decoding. Section 6.4 says greedy, but K > 1 practice actions need samples: evaluation is greedy, practice samples at
+    temperature 1. PPO refuses any other temperature, as its ratio would be wrong.
+ 8. Equal actions. A practice action with the expert's text has no DPO gradient; such pairs are dropped before batches are counted.
+    Discriminator and PPO keep them. Their share, over all practice, is match_text (match_action: the parsed action alone).
+ 9. Batch unit. `batch` counts (kept) step pairs, as the paper's data points are step-wise. All pairs of a trajectory share one
+    forward pass, so shuffled trajectories are added until the count is reached, and the loss is divided by the true count.
+10. PPO with step rewards. Each practice action is a one-step episode with reward log D; baseline: mean reward of the state's other
+    K - 1 practice actions (K = 1: of all); advantages whitened over all actions of the iteration; ratio and clip per token.
+    The entropy bonus is the exact token entropy on practice tokens, eq. 8's causal entropy without its future term.
+11. Rates. The paper gives no schedule for reflection: the rate falls to zero along a cosine over all iterations together.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import losses
+from envs import load_trajectories, make_env, parse_action, prompt_messages
+from rollout import Encoded, InputError, Trajectory, encode, practice, run_episodes, score, stable_seed, stop_ids, use_tree_attention
+
+METHODS = ("base", "sft", "sft+", "stepagent-implicit", "stepagent-inverse")
+
+
+def option(default, help: str, tiny=None, choices=None):
+    """A field of Config: its default for real models, and the one for `--model tiny` where that differs."""
+    return dataclasses.field(default=default, metadata={"help": help, "tiny": default if tiny is None else tiny, "choices": choices})
+
+
+@dataclass
+class Config:
+    # what
+    env: str = option("household", "environment: household, scienceworld")
+    env_options: str = option("", "options of the environment, as key=value words, e.g. 'tasks=boil,melt variations=20'")
+    model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
+                                "made here from nothing; a folder whose name begins with tiny has the tiny defaults, too")
+    method: str = option("stepagent-implicit", "which row of the table", choices=METHODS)
+    out: str = option("runs/default", "run directory; the same command again continues there")
+    seed: int = option(0, "seed of everything random")
+    init: str = option("", "folder of an SFT'd policy to start from, instead of running SFT")
+    # expert data
+    expert: str = option("", "file of expert trajectories (ETO's JSON, or our JSONL), instead of the environment's own expert")
+    experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=2000)
+    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=1000)
+    practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=1000)
+    prompt: str = option("full", "full: instruction and one-shot example; none: a model made from scratch needs neither", tiny="none",
+                         choices=("full", "none"))
+    # imitation, eq. 2-3
+    sft_lr: float = option(1e-5, "SFT learning rate (paper)", tiny=2e-3)
+    sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=32)
+    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=20)
+    warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
+    # inspection, eq. 4-5
+    iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=3)
+    practice: int = option(3, "K, practice actions per expert step (paper's peak)")
+    temperature: float = option(1.0, "of practice; 0 = greedy")
+    # reflection, eq. 6, 8-11
+    lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=1e-4)
+    batch: int = option(16, "step pairs per update (paper)", tiny=64)
+    epochs: int = option(1, "passes over the iteration's pairs (paper)")
+    beta: float = option(0.1, "DPO temperature beta, eq. 6")
+    dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)")
+    clip: float = option(0.2, "PPO clip range")
+    ppo_passes: int = option(2, "PPO passes over the iteration's practice actions")
+    entropy: float = option(0.01, "lambda of eq. 8, weight of the entropy bonus")
+    kl: float = option(0.0, "weight of KL(policy || reference) in PPO, k3 estimate")
+    d_lr: float = option(1e-4, "discriminator learning rate", tiny=1e-3)
+    match: str = option("", "sft+ only: take each update's trajectories from this run's updates, so that the two differ in the loss alone")
+    # optimisation and evaluation
+    grad_norm: float = option(1.0, "gradient norm is clipped to this")
+    max_new_tokens: int = option(512, "longest action, in tokens", tiny=48)
+    dtype: str = option("bfloat16", "compute type; master weights are always float32", tiny="float32", choices=("float32", "bfloat16"))
+    micro_tokens: int = option(8192, "tokens per forward pass in training, scoring and practice prefill")
+    leaves: int = option(256, "practice actions decoded together", tiny=1024)
+    episodes: int = option(32, "episodes played together", tiny=300)
+    checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory", tiny=False)
+    eval_splits: str = option("test", "splits evaluated at the end, separated by commas", tiny="test,test_unseen")
+    eval_each: str = option("dev", "splits evaluated after SFT and after every iteration; empty = none")
+    eval_tasks: int = option(0, "tasks per evaluated split, 0 = all")
+
+
+# ============================================================================================================ Algorithm 1
+
+def main(config: Config) -> None:
+    run = Run(config)
+    env, experts, prompt = load_experts(run)
+    policy, tokenizer = load_policy(run, experts)
+    data = encode_experts(run, experts, tokenizer, policy)                                       # line 1: expert trajectories T
+    learner = Learner(run, env, prompt, policy, tokenizer, experts, data)
+
+    if config.method != "base" and not config.init:
+        run.phase("sft", learner.imitate)                                                        # eq. 2-3: pi_theta_0
+    run.phase("eval_0", learner.evaluate, "eval_0", config.eval_each)
+    for i in range(1, run.iterations + 1):                                                       # line 5
+        if config.method == "sft+":
+            run.phase(f"sft_plus_{i}", learner.imitate_more, i)                                  # the control: eq. 3 goes on
+        else:
+            run.phase(f"inspect_{i}", learner.inspect, i)                                        # line 7, eq. 4-5
+        if config.method == "stepagent-implicit":
+            run.phase(f"reflect_{i}", learner.reflect_implicit, i)                               # eq. 6
+        if config.method == "stepagent-inverse":
+            run.phase(f"discriminate_{i}", learner.discriminate, i)                              # lines 10-11, eq. 11
+            run.phase(f"reflect_{i}", learner.reflect_inverse, i)                                # line 12, eq. 8
+        run.phase(f"eval_{i}", learner.evaluate, f"eval_{i}", config.eval_each)
+    run.phase("eval_final", learner.evaluate, "final", config.eval_splits)
+    run.phase("policy", learner.save, "policy")                                                  # line 3: final policy
+    run.finish()
+
+
+# ==================================================================================================== phases of the learner
+
+@dataclass
+class Practice:
+    """One iteration's inspection, flat: S expert steps of all practised trajectories in order, N = S * K leaves in the same order.
+    Log-probs are those of the iteration's starting policy, by the training forward (reading 5)."""
+    leaves: list[list[int]]                          # N token ids
+    kept: Tensor                                     # [N] bool: the text differs from the expert's (reading 8)
+    ref_trunk: Tensor                                # [S] summed log-prob of the expert's action
+    ref_leaves: Tensor                               # [N]
+    old_tokens: list[Tensor]                         # N of [length of the leaf]: PPO's old log-probs
+    trunk_hidden: Tensor                             # [S, d] features for D
+    leaf_hidden: Tensor                              # [N, d]
+
+
+class Discriminator(nn.Module):
+    """D(s, a) = P(the expert wrote a in s), as a logit, from frozen features (reading 4). [.., d + 1] -> [..]"""
+
+    def __init__(self, features: int, width: int = 64):
+        super().__init__()
+        self.mean, self.std = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp((x - self.mean) / self.std).squeeze(-1)
+
+
+@dataclass
+class Learner:
+    """The agent and what it learns from; each method is one phase of `main`."""
+    run: Run
+    env: object
+    prompt: list[dict]
+    policy: nn.Module
+    tokenizer: object
+    experts: list[Trajectory]
+    data: list[Encoded]
+
+    def __post_init__(self):
+        c, n = self.run.config, len(self.data)
+        self.sft_set = range(min(c.sft_experts or n, n))                           # indices into data
+        self.practised = range(n - min(c.practice_experts or n, n), n)
+        starts = np.cumsum([0] + [len(self.data[j].spans) for j in self.practised]).tolist()
+        self.first_step = dict(zip(self.practised, starts))                        # trajectory -> its first step in Practice
+
+    # ---- imitation
+
+    def imitate(self):
+        c = self.run.config
+        batches = [b for epoch in range(c.sft_epochs) for b in self._shuffled("sft", epoch, self.sft_set, c.sft_batch)]
+        warm = max(1, round(c.warmup * len(batches)))
+        self._train("sft", 0, batches, self._nll, lambda step: c.sft_lr * min((step + 1) / warm, _cosine(step / len(batches))))
+        self.save("sft/policy")
+
+    def imitate_more(self, i: int):
+        """SFT+: eq. 3 on the practised trajectories, in the updates of the run given by --match, or in its own: as many as
+        reflection would take if no pair were dropped."""
+        c = self.run.config
+        if c.match:
+            batches = json.loads(_read(Path(c.match, f"iter_{i}/batches.json")))
+        else:
+            batches = self._batches("sft+", i, lambda j: len(self.data[j].spans) * c.practice)
+        self._train("sft+", i, batches, self._nll, self._falling(i, len(batches)))
+        self.save(f"iter_{i}/policy")
+
+    def _nll(self, micro: list[int], batch: list[int]):
+        scores = score(self.policy, [self.data[j] for j in micro])
+        count = sum(e - s for j in batch for s, e in self.data[j].spans)
+        return losses.sft_loss(scores.trunk_tokens, torch.ones_like(scores.trunk_tokens), count)
+
+    # ---- inspection
+
+    def inspect(self, i: int):
+        """Line 7, eq. 5: K practice actions at every expert step, then one scoring pass for what later phases need of pi_i."""
+        run, c, stops = self.run, self.run.config, stop_ids(self.tokenizer)
+        self.policy.eval()
+        mine, shards = list(self.practised)[run.rank::run.world], {}
+        with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
+            for group in self._groups(mine, lambda j: len(self.data[j].spans) * c.practice, c.leaves):
+                encoded = [self.data[j] for j in group]
+                gens = [torch.Generator().manual_seed(stable_seed(c.seed, i, e.task_id)) for e in encoded]
+                drawn = practice(self.policy, encoded, c.practice, c.temperature, c.max_new_tokens, stops, gens)
+                leaves = dict(zip(group, [[(s, leaf) for s, of_step in enumerate(steps) for leaf in of_step] for steps in drawn]))
+                for micro in self._groups(group, lambda j: self._tokens(j, leaves[j]), c.micro_tokens):
+                    scores = score(self.policy, [self.data[j] for j in micro], [leaves[j] for j in micro])
+                    shards |= self._split(micro, leaves, scores)
+                bar.update(len(group))
+        for shard in run.gather(shards):
+            shards |= shard
+        rows = [shards[j] for j in self.practised]
+        kept, match_action = self._compare(rows)
+        figures = {"match_text": 1 - kept.float().mean().item(), "match_action": match_action, "pairs_kept": int(kept.sum()),
+                   "stopped": float(np.mean([ids[-1] in stops for row in rows for _, ids in row["leaves"]])),
+                   "practice_tokens": sum(len(ids) for row in rows for _, ids in row["leaves"])}
+        flat = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name != "leaves"}
+        flat["leaves"] = torch.tensor([t for row in rows for _, ids in row["leaves"] for t in ids])
+        flat["lengths"] = torch.tensor([len(ids) for row in rows for _, ids in row["leaves"]])
+        if run.rank == 0:
+            _write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
+            self._write_practice(i)
+        run.log("inspect", i, 0, **figures)
+
+    def _split(self, micro: list[int], leaves: dict, scores) -> dict[int, dict]:
+        """What is kept of one scoring pass, by trajectory."""
+        steps, n = [len(self.data[j].spans) for j in micro], [len(leaves[j]) for j in micro]
+        tokens = [sum(len(ids) for _, ids in leaves[j]) for j in micro]
+        parts = zip(scores.trunk.split(steps), scores.leaves.split(n), scores.leaf_tokens.split(tokens),
+                    scores.trunk_hidden.float().split(steps), scores.leaf_hidden.float().split(n))
+        names = ("ref_trunk", "ref_leaves", "old_tokens", "trunk_hidden", "leaf_hidden")
+        return {j: {"leaves": leaves[j]} | {name: x.cpu() for name, x in zip(names, part)} for j, part in zip(micro, parts)}
+
+    def _compare(self, rows: list[dict]) -> tuple[Tensor, float]:
+        """Which practice actions differ from the expert's text [N], and the share whose parsed action is the expert's."""
+        kept, same_action = [], []
+        for j, row in zip(self.practised, rows):
+            for s, ids in row["leaves"]:
+                text, expert = self._text(ids), self.experts[j].steps[s].action
+                kept.append(text.strip() != expert.strip())
+                same_action.append(parse_action(text) == parse_action(expert))
+        return torch.tensor(kept), float(np.mean(same_action))
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids[:-1] if ids[-1] in stop_ids(self.tokenizer) else ids)
+
+    def _write_practice(self, i: int, log_d: Tensor | None = None, log_d_expert: Tensor | None = None):
+        """iter_<i>/practice.jsonl: one expert step a line, for people to read."""
+        p, k, lines = self.load_practice(i), self.run.config.practice, []
+        for j in self.practised:
+            for s, step in enumerate(self.experts[j].steps):
+                n = self.first_step[j] + s
+                row = {"task": self.experts[j].task_id, "step": s, "observation": step.observation, "expert": step.action,
+                       "expert_logp": round(p.ref_trunk[n].item(), 4),
+                       "practice": [self._text(ids) for ids in p.leaves[n * k:(n + 1) * k]],
+                       "practice_logp": [round(x, 4) for x in p.ref_leaves[n * k:(n + 1) * k].tolist()],
+                       "differs": p.kept[n * k:(n + 1) * k].tolist()}
+                if log_d is not None:
+                    row |= {"expert_log_d": round(log_d_expert[n].item(), 4),
+                            "practice_log_d": [round(x, 4) for x in log_d[n * k:(n + 1) * k].tolist()]}
+                lines.append(json.dumps(row, ensure_ascii=False))
+        _write(self.run.path(f"iter_{i}/practice.jsonl"), "\n".join(lines) + "\n")
+
+    def load_practice(self, i: int) -> Practice:
+        """Always from disk, so that a run that was killed here and one that was not go on from the same bits."""
+        t = load_file(self.run.path(f"iter_{i}/practice.safetensors"))
+        lengths = t["lengths"].tolist()
+        return Practice([x.tolist() for x in t["leaves"].split(lengths)], t["kept"], t["ref_trunk"], t["ref_leaves"],
+                        list(t["old_tokens"].split(lengths)), t["trunk_hidden"], t["leaf_hidden"])
+
+    def _own(self, p: Practice, j: int, only_kept: bool) -> list[int]:
+        """Leaf numbers of trajectory j."""
+        a, k = self.first_step[j], self.run.config.practice
+        mine = range(a * k, (a + len(self.data[j].spans)) * k)
+        return [n for n in mine if p.kept[n]] if only_kept else list(mine)
+
+    def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool):
+        """One forward pass. -> scores, leaf numbers [N], expert step numbers [N], and these steps' places in scores.trunk [N]."""
+        k, device = self.run.config.practice, self.run.device
+        own = {j: self._own(p, j, only_kept) for j in micro}
+        leaves = [[(n // k - self.first_step[j], p.leaves[n]) for n in own[j]] for j in micro]
+        scores = score(self.policy, [self.data[j] for j in micro], leaves)
+        offsets = np.cumsum([0] + [len(self.data[j].spans) for j in micro]).tolist()
+        place = [offsets[m] + s for m in range(len(micro)) for s, _ in leaves[m]]
+        numbers = torch.tensor([n for j in micro for n in own[j]], dtype=torch.long)
+        return scores, numbers, torch.tensor(place, dtype=torch.long, device=device)
+
+    # ---- reflection, implicit
+
+    def reflect_implicit(self, i: int):
+        """Step-wise DPO on the pairs that differ, eq. 6."""
+        c, k, p = self.run.config, self.run.config.practice, self.load_practice(i)
+
+        def loss(micro, batch):
+            scores, n, place = self._score_leaves(p, micro, only_kept=True)
+            pairs = sum(len(self._own(p, j, True)) for j in batch)
+            total, info = losses.dpo_loss(scores.trunk[place], scores.leaves, p.ref_trunk[n // k].to(place.device),
+                                          p.ref_leaves[n].to(place.device), c.beta, pairs)       # eq. 6
+            nll, more = losses.sft_loss(scores.trunk_tokens, torch.ones_like(scores.trunk_tokens),
+                                        sum(e - s for j in batch for s, e in self.data[j].spans))
+            return total + c.dpo_nll * nll, info | more
+
+        batches = self._batches("implicit", i, lambda j: len(self._own(p, j, True)), skip_empty=c.dpo_nll == 0)
+        self._reflect("implicit", i, batches, loss, lambda j: self._own(p, j, True), p)
+
+    # ---- reflection, inverse
+
+    def discriminate(self, i: int):
+        """Lines 10-11, eq. 11: D on expert against practice actions; two folds by task, each judged by the other's D (reading 3)."""
+        run, c, k, p = self.run, self.run.config, self.run.config.practice, self.load_practice(i)
+        agent = torch.cat([p.leaf_hidden, p.ref_leaves[:, None]], 1)
+        expert = torch.cat([p.trunk_hidden, p.ref_trunk[:, None]], 1)
+        if len(self.practised) < 4:
+            raise InputError(f"{len(self.practised)} trajectories are too few for two discriminators; give at least 4")
+        order = sorted(self.practised, key=lambda j: stable_seed(c.seed, "fold", self.data[j].task_id))
+        tasks = torch.cat([torch.full((len(self.data[j].spans),), order.index(j)) for j in self.practised])        # [S]
+        log_d, log_d_expert, auc, figures = torch.zeros(len(agent)), torch.zeros(len(expert)), [], defaultdict(float)
+        for fold in (0, 1):
+            d, before = Discriminator(agent.shape[1]), run.path(f"iter_{i - 1}/discriminator_{fold}.safetensors")
+            torch.manual_seed(stable_seed(c.seed, "D", fold))
+            d.mlp.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
+            if before.exists():
+                d.load_state_dict(load_file(before))                               # warm start
+            learn, test = tasks % 2 != fold, tasks % 2 == fold
+            held = learn & (tasks // 2 % 5 == 0)                                   # a fifth of its tasks tells when to stop
+            for name, x in fit_discriminator(d, expert, agent, k, learn & ~held, held, c.d_lr, stable_seed(c.seed, i, fold)).items():
+                figures[name] += x / 2
+            with torch.no_grad():
+                for x, out, mask in ((agent, log_d, test.repeat_interleave(k)), (expert, log_d_expert, test)):
+                    out[mask] = losses.step_reward(d(x[mask]))
+                auc.append(area_under_curve(d(expert[test]), d(agent[test.repeat_interleave(k)])))
+            if run.rank == 0:
+                _write_tensors(run.path(f"iter_{i}/discriminator_{fold}.safetensors"), d.state_dict())
+        if run.rank == 0:
+            _write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
+            self._write_practice(i, log_d, log_d_expert)
+        run.log("discriminate", i, 0, d_auc=float(np.mean(auc)), log_d_expert=log_d_expert.mean().item(),
+                log_d_agent=log_d.mean().item(), **figures)
+
+    def reflect_inverse(self, i: int):
+        """Line 12: clipped PPO on the practice actions with reward log D (reading 10)."""
+        c, k, p = self.run.config, self.run.config.practice, self.load_practice(i)
+        reward = load_file(self.run.path(f"iter_{i}/log_d.safetensors"))["agent"].view(-1, k)            # [S, K]
+        others = (reward.sum(1, keepdim=True) - reward) / (k - 1) if k > 1 else reward.mean()
+        advantage = losses.whiten((reward - others).flatten())                                           # [N]
+
+        def loss(micro, batch):
+            scores, n, _ = self._score_leaves(p, micro, only_kept=False)
+            lengths = torch.tensor([len(p.leaves[x]) for x in n.tolist()])
+            tokens = sum(len(p.leaves[x]) for j in batch for x in self._own(p, j, False))
+            old = torch.cat([p.old_tokens[x] for x in n.tolist()]).to(scores.leaf_tokens.device)
+            spread = advantage[n].repeat_interleave(lengths).to(old.device)
+            total, info = losses.ppo_loss(scores.leaf_tokens, old, spread, torch.ones_like(old), c.clip, tokens)
+            entropy = scores.leaf_entropy.sum() / tokens                                                 # lambda H of eq. 8
+            kl = losses.kl_k3(scores.leaf_tokens, old).sum() / tokens
+            return total - c.entropy * entropy + c.kl * kl, info | {"entropy": entropy.detach(), "kl": kl.detach()}
+
+        batches = [b for n in range(c.ppo_passes) for b in self._batches("inverse", (i, n), lambda j: len(self._own(p, j, False)))]
+        self._reflect("inverse", i, batches, loss, lambda j: self._own(p, j, False), p)
+
+    # ---- what the phases share
+
+    def _reflect(self, name, i, batches, loss, own, p: Practice):
+        if not batches:
+            tqdm.write(f"iteration {i}: every practice action equals the expert's; nothing to reflect on, the policy stays as it is")
+        self._train(name, i, batches, loss, self._falling(i, len(batches)),
+                    lambda j: self._tokens(j, [(0, p.leaves[n]) for n in own(j)]))
+        if self.run.rank == 0:
+            _write(self.run.path(f"iter_{i}/batches.json"), json.dumps(batches))
+        self.save(f"iter_{i}/policy")
+
+    def _train(self, name: str, i: int, batches: list[list[int]], loss_of, rate, tokens=None):
+        """The one training loop: batches of trajectory numbers, the same on every rank; each rank takes its share, divides by the
+        batch's global counts, and gradients are summed. loss_of(micro batch, batch) -> (loss, info); rate(step) -> learning rate."""
+        run, c, policy = self.run, self.run.config, self.policy
+        policy.train()
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
+        for step, batch in enumerate(run.bar(batches, f"iteration {i}: {name}" if i else name)):
+            info, started = defaultdict(float), time.time()
+            for micro in self._groups(batch[run.rank::run.world], tokens or self._tokens, c.micro_tokens):
+                with run.autocast():
+                    loss, figures = loss_of(micro, batch)
+                loss.backward()
+                for key, x in figures.items():
+                    info[key] += x.item()
+            info = run.sum_gradients(policy, info)
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), c.grad_norm).item()
+            if not math.isfinite(norm) or not all(math.isfinite(x) for x in info.values()):
+                if run.rank == 0:
+                    _write(run.path("failed_batch.json"), json.dumps({
+                        "phase": name, "iteration": i, "step": step, "figures": {k: str(x) for k, x in info.items()},
+                        "grad_norm": str(norm), "tasks": [self.data[j].task_id for j in batch]}))
+                raise InputError(f"{name}, iteration {i}, update {step}: loss or gradient is not finite; batch saved in "
+                                 f"{run.path('failed_batch.json')}; try a lower learning rate")
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(name, i, step, lr=rate(step), grad_norm=norm, trajectories=len(batch),
+                    tokens=sum((tokens or self._tokens)(j) for j in batch), seconds=time.time() - started, **info)
+
+    def _falling(self, i: int, updates: int):
+        c = self.run.config
+        return lambda step: c.lr * _cosine((i - 1 + step / max(1, updates)) / self.run.iterations)       # reading 11
+
+    def _shuffled(self, *key_set_size):
+        *key, indices, size = key_set_size
+        order = list(indices)
+        random.Random(stable_seed(self.run.config.seed, *key)).shuffle(order)
+        return [order[a:a + size] for a in range(0, len(order), size)]
+
+    def _batches(self, name, i, pairs, skip_empty: bool = False) -> list[list[int]]:
+        """Shuffled trajectories, gathered until `batch` step pairs are reached (reading 9)."""
+        batches, current, count = [], [], 0
+        for epoch in range(self.run.config.epochs):
+            for [j] in self._shuffled(name, i, epoch, self.practised, 1):
+                if pairs(j) or not skip_empty:
+                    current, count = current + [j], count + pairs(j)
+                if count >= self.run.config.batch:
+                    batches, current, count = batches + [current], [], 0
+        return batches + [current] if count else batches
+
+    def _tokens(self, j: int, leaves=()) -> int:
+        return len(self.data[j].ids) + sum(len(ids) for _, ids in leaves)
+
+    @staticmethod
+    def _groups(indices: list[int], size, limit: int) -> list[list[int]]:
+        """Consecutive groups of at most `limit` in size (one item may exceed it alone)."""
+        groups, total = [], math.inf
+        for j in indices:
+            if total + size(j) > limit:
+                groups, total = groups + [[]], 0
+            groups[-1].append(j)
+            total += size(j)
+        return groups
+
+    # ---- evaluation and saving
+
+    def evaluate(self, name: str, splits: str):
+        """Greedy episodes: mean reward and success with 95% bootstrap intervals over tasks, whole episodes in eval/."""
+        run, c = self.run, self.run.config
+        self.policy.eval()
+        for split in filter(None, splits.split(",")):
+            tasks = self.env.splits[split][:c.eval_tasks or None]
+            mine = tasks[run.rank::run.world]
+            with run.bar(len(mine), f"{name}: {split}") as bar, run.autocast():
+                played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=self.prompt, batch=c.episodes,
+                                      max_new_tokens=c.max_new_tokens, seed=c.seed, progress=bar.update)
+            byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
+            episodes = [byid[task] for task in tasks]
+            if run.rank == 0:
+                _write(run.path(f"eval/{name}_{split}.jsonl"), "".join(json.dumps({
+                    "task_id": t.task_id, "task_type": self.env.task_type(t.task_id), "reward": t.reward, "truncated": t.truncated,
+                    **t.info, "steps": [{"observation": s.observation, "action": s.action} for s in t.steps]},
+                    ensure_ascii=False) + "\n" for t in episodes))
+            run.log("eval", int(name.split("_")[-1]) if name[-1].isdigit() else run.iterations, 0, split=split, name=name,
+                    **episode_figures(episodes, self.env))
+
+    def save(self, folder: str):
+        """An ordinary Hugging Face folder, float32, written beside and moved into place."""
+        if self.run.rank == 0:
+            target, beside = self.run.path(folder), self.run.path(folder + ".tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            self.policy.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(beside, target)
+        self.run.state["policy"] = folder
+
+
+def fit_discriminator(d: Discriminator, expert: Tensor, agent: Tensor, k: int, learn: Tensor, held: Tensor, lr: float, seed: int,
+                      most: int = 50, patience: int = 3) -> dict[str, float]:
+    """Eq. 11 by Adam, passes until the held-out loss has not fallen for `patience` of them; D keeps its best weights.
+    expert [S, f], agent [S * k, f]; learn, held [S] bool over steps."""
+    leaves = lambda steps: (steps[:, None] * k + torch.arange(k)).flatten()
+    learn, held = learn.nonzero()[:, 0], held.nonzero()[:, 0]
+    both = torch.cat([expert[learn], agent[leaves(learn)]])
+    d.mean, d.std = both.mean(0), both.std(0) + 1e-6
+    loss_on = lambda steps: losses.discriminator_loss(d(expert[steps]), d(agent[leaves(steps)]))[0]
+    optimizer, gen = torch.optim.Adam(d.mlp.parameters(), lr=lr), torch.Generator().manual_seed(seed)
+    best, kept, waited, passes = math.inf, None, 0, 0
+    while waited <= patience and passes <= most:
+        with torch.no_grad():
+            loss = loss_on(held).item()
+        waited = 0 if loss < best else waited + 1
+        if loss < best:
+            best, kept = loss, {name: x.clone() for name, x in d.state_dict().items()}
+        for steps in learn[torch.randperm(len(learn), generator=gen)].split(256):
+            optimizer.zero_grad()
+            loss_on(steps).backward()
+            optimizer.step()
+        passes += 1
+    d.load_state_dict(kept)
+    with torch.no_grad():
+        return {"d_loss": loss_on(learn).item(), "d_loss_held": best, "d_passes": passes}
+
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> float:
+    """P(a positive scores above a negative), ties half: the AUC of D's logits, expert against agent."""
+    values, inverse, counts = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse[:len(positive)]]          # mean rank, from 1, of each positive
+    n = len(positive)
+    return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+
+
+def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
+    """95% percentile interval of the mean, over tasks."""
+    x = np.asarray(values, dtype=float)
+    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
+    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
+
+
+def episode_figures(episodes: list[Trajectory], env) -> dict:
+    """success = reward >= 1; invalid: share of all actions; steps: mean turns."""
+    success, reward = [float(t.reward >= 1) for t in episodes], [t.reward for t in episodes]
+    by_type = defaultdict(list)
+    for t, won in zip(episodes, success):
+        by_type[env.task_type(t.task_id)].append(won)
+    turns = sum(len(t.steps) for t in episodes)
+    return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
+            "reward_interval": bootstrap(reward), "tasks": len(episodes), "steps": turns / len(episodes),
+            "invalid": sum(t.info["invalid"] for t in episodes) / turns, "truncated": sum(t.truncated for t in episodes),
+            "outgrown": sum(t.info.get("outgrown", 0) for t in episodes),
+            "by_type": {name: [float(np.mean(x)), len(x)] for name, x in sorted(by_type.items())}}
+
+
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+# ============================================================================================================ setting up
+
+def load_experts(run: Run):
+    """-> environment, expert trajectories with their prompt, and the prompt for the agent's own episodes."""
+    c = run.config
+    env = make_env(c.env, **env_options(c.env_options))
+    for split in filter(None, f"{c.eval_splits},{c.eval_each}".split(",")):
+        if split not in env.splits:
+            raise InputError(f"{c.env} has no split {split!r}; use {', '.join(env.splits)}")
+    if c.expert:
+        experts = load_trajectories(c.expert)[:c.experts or None]
+    else:
+        tasks = env.splits["train"][:c.experts or None]
+        shown = [env.expert(task) for task in run.bar(tasks, "expert")]
+        experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
+    if not experts:
+        raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
+    given = c.expert and experts[0].prompt
+    prompt = experts[0].prompt if given else prompt_messages(env) if c.prompt == "full" else []
+    for t in experts:
+        t.prompt = t.prompt if given else prompt
+    return env, experts, prompt
+
+
+def env_options(text: str) -> dict:
+    """"tasks=boil,melt variations=20" -> {"tasks": "boil,melt", "variations": 20}"""
+    words = [word.partition("=") for word in text.split()]
+    if wrong := [key for key, equals, value in words if not (equals and value)]:
+        raise InputError(f"--env-options: {wrong[0]!r} is not key=value")
+    number = lambda x: int(x) if re.fullmatch(r"-?\d+", x) else float(x) if re.fullmatch(r"-?\d*\.\d+", x) else x
+    return {key: number(value) for key, _, value in words}
+
+
+def load_policy(run: Run, experts: list[Trajectory]):
+    """-> policy in float32 with tree attention, and its tokenizer; where a run continues, its last saved policy."""
+    c = run.config
+    if c.model == "tiny" and not c.init and not run.path("base").exists() and run.rank == 0:
+        make_tiny(experts, run.path("base.tmp"), c.seed)
+        os.replace(run.path("base.tmp"), run.path("base"))
+    run.barrier()
+    folder = run.path(run.state["policy"]) if run.state["policy"] else c.init or (run.path("base") if c.model == "tiny" else c.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {folder}: cannot be loaded ({str(error).splitlines()[0][:200]}); give a Hugging Face id that this "
+                         "machine can reach, or a local folder with config.json, safetensors and tokenizer files") from None
+    use_tree_attention(policy)
+    stop_ids(tokenizer)
+    if c.checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.to(run.device), tokenizer
+
+
+def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:
+    """A Llama of about 1M parameters with random weights, and a byte-level BPE tokenizer made from the expert text (in a small
+    world every word becomes one token), as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = [x for t in experts for s in t.steps for x in (s.observation, s.action)]
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
+                                        additional_special_tokens=special[1:])
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}<|end|>"
+                               "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    torch.manual_seed(stable_seed(seed, "tiny"))
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        initializer_range=0.08,                      # 1 / sqrt(width): at the library's 0.02, made for wide models, copying forms late
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def encode_experts(run: Run, experts: list[Trajectory], tokenizer, policy) -> list[Encoded]:
+    data, limit = [encode(t, tokenizer) for t in run.bar(experts, "encode")], policy.config.max_position_embeddings
+    for item in data:
+        if len(item.ids) > limit:
+            raise InputError(f"trajectory {item.task_id} has {len(item.ids)} tokens, the model's context is {limit}; "
+                             "remove it from the expert data or take a model with a longer context")
+    return data
+
+
+# ============================================================================================== run directory and ranks
+
+class Run:
+    """The run directory with its cursor, and this process's place among the ranks of torchrun."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
+            if torch.cuda.is_available() else torch.device("cpu")
+        self.iterations = config.iterations if config.iterations >= 0 else 7 if config.method == "stepagent-inverse" else 3
+        if config.method in ("base", "sft"):
+            self.iterations = 0
+        if config.method == "stepagent-inverse" and config.temperature != 1:
+            raise InputError(f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
+        self.out = Path(config.out)
+        self.state = {"done": [], "policy": "", "log_bytes": 0}
+        self._open_directory()
+        self.barrier()
+
+    def _open_directory(self):
+        wanted = dataclasses.asdict(self.config)
+        if self.path("state.json").exists():
+            self.state = json.loads(_read(self.path("state.json")))
+            found = json.loads(_read(self.path("config.json")))["config"]
+            other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k != "out" and found.get(k) != v]
+            if other:
+                raise InputError(f"{self.out} holds a run with another configuration ({', '.join(other)}); give another --out")
+        self.barrier()
+        if self.rank == 0:
+            if not self.state["done"]:                                             # nothing to lose: an earlier start failed early
+                shutil.rmtree(self.path("base"), ignore_errors=True)
+            _write(self.path("config.json"), json.dumps({"config": wanted, "versions": {
+                "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+                "commit": _commit(), "ranks": self.world}, indent=2))
+            metrics = self.path("metrics.jsonl")
+            metrics.touch()
+            os.truncate(metrics, min(self.state["log_bytes"], metrics.stat().st_size))   # lines of the phase that was cut off
+            self.metrics = open(metrics, "a", encoding="utf-8")
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def phase(self, name: str, work, *args) -> None:
+        """Once per run directory: does the work unless the cursor says that an earlier start finished it. All randomness is seeded
+        by what is drawn, and every phase makes its own optimizer, so the cursor and the last policy are all there is to restore."""
+        if name in self.state["done"]:
+            return
+        work(*args)
+        self.barrier()
+        self.state["done"].append(name)
+        if self.rank == 0:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+            self.state["log_bytes"] = self.metrics.tell()
+            _write(self.path("state.json"), json.dumps(self.state))
+            old = sorted(self.out.glob("iter_*/policy"), key=lambda p: int(p.parent.name[5:]))[:-2]
+            for folder in old:
+                shutil.rmtree(folder)
+        self.barrier()
+
+    def log(self, phase: str, iteration: int, step: int, **figures) -> None:
+        if self.rank == 0:
+            self.metrics.write(json.dumps({"phase": phase, "iteration": iteration, "step": step, "time": time.time(), **figures}) + "\n")
+            self.metrics.flush()
+            if phase in ("inspect", "discriminate", "eval"):
+                show = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if not isinstance(v, (dict, list))}
+                tqdm.write(f"{phase} {iteration}: " + "  ".join(f"{k} {v}" for k, v in show.items()))
+
+    def finish(self):
+        """report.md: the final figures, and the path to them."""
+        if self.rank == 0:
+            rows = [json.loads(line) for line in _read(self.path("metrics.jsonl")).splitlines()]
+            lines = [f"# {self.config.method} on {self.config.env}, {self.config.model}, seed {self.config.seed}", "",
+                     "| evaluated | split | tasks | success | 95% interval | mean reward | turns | invalid |", "|---|---|---|---|---|---|---|---|"]
+            for r in rows:
+                if r["phase"] == "eval":
+                    a, b = r["success_interval"]
+                    lines.append(f"| {r['name']} | {r['split']} | {r['tasks']} | {r['success']:.1%} | {a:.1%} - {b:.1%} | {r['reward']:.3f} "
+                                 f"| {r['steps']:.1f} | {r['invalid']:.1%} |")
+            lines += ["", "| iteration | match_text | match_action | pairs kept |", "|---|---|---|---|"]
+            lines += [f"| {r['iteration']} | {r['match_text']:.1%} | {r['match_action']:.1%} | {r['pairs_kept']} |"
+                      for r in rows if r["phase"] == "inspect"]
+            _write(self.path("report.md"), "\n".join(lines) + "\n")
+            self.metrics.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- ranks
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def bar(self, what, label: str):
+        size = {"total": what} if isinstance(what, int) else {"iterable": what}
+        return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, part: dict) -> list[dict]:
+        """Every rank's part, on every rank."""
+        if self.world == 1:
+            return [part]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, part)
+        return parts
+
+    def sum_gradients(self, model: nn.Module, info: dict[str, float]) -> dict[str, float]:
+        """Adds up gradients and figures over ranks: both were divided by global counts, so the sum is the whole batch's."""
+        if self.world == 1:
+            return info
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        total = defaultdict(float)
+        for part in self.gather(dict(info)):
+            for key, x in part.items():
+                total[key] += x
+        return total
+
+
+def _read(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Atomic: the file is whole, or what it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# ============================================================================================================ command line
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    parser = argparse.ArgumentParser(description="StepAgent: step-wise reinforcement learning of LLM agents.", allow_abbrev=False,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=130))
+    for f in dataclasses.fields(Config):
+        kind = {"int": int, "float": float, "str": str, "bool": _boolean}[f.type]
+        tiny = f"; tiny: {f.metadata['tiny']}" if f.metadata["tiny"] != f.default else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"], metavar=f.type.upper(),
+                            help=f"{f.metadata['help']} (default: {f.default!r}{tiny})".replace("%", "%%"))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    tiny = Path(given.get("model", Config.model)).name.startswith("tiny")
+    return Config(**{f.name: given.get(f.name, f.metadata["tiny"] if tiny else f.default) for f in dataclasses.fields(Config)})
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: {error}; what was finished is kept, the same command continues")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was finished is kept, the same command continues")

@@ -1,0 +1,521 @@
+"""Rendering, scoring, practice and episodes, against the naive definition."""
+import copy
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+
+import naive
+import rollout
+import tiny
+from rollout import (Encoded, InputError, Step, Trajectory, action_ids, encode, practice, run_episodes, sample, score, segment,
+                     stop_ids, use_tree_attention)
+
+FAMILIES = list(tiny.FAMILIES)
+STOPS = set(range(1, 14))                                                # of 97 tokens: some leaves stop early, some do not
+
+
+def tokens(n, gen, vocab=97):
+    return torch.randint(3, vocab, (n,), generator=gen).tolist()
+
+
+def example(vocab=97):
+    """Three trajectories, longer than the sliding windows; leaves in no order, several at one step, none at another."""
+    gen = torch.Generator().manual_seed(1)
+    encoded = [Encoded(tokens(30, gen, vocab), [(8, 12), (15, 16), (22, 30)], "a"),
+               Encoded(tokens(14, gen, vocab), [(5, 9)], "b"),
+               Encoded(tokens(21, gen, vocab), [(3, 7), (12, 18)], "c")]
+    lengths = [[(2, 4), (0, 3), (0, 1), (2, 2), (0, 12)], [(0, 5)], []]
+    return encoded, [[(step, tokens(n, gen, vocab)) for step, n in own] for own in lengths]
+
+
+def close(found, expected, tol=2e-5):
+    return torch.allclose(found.double(), expected.double(), atol=tol, rtol=1e-5)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same_gradients(found, expected, tol=1e-5):
+    return all((a - b).abs().max() <= tol * max(1e-9, b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def weighted(trunk, leaves, trunk_entropy, leaf_entropy):
+    """A loss in which every number counts differently."""
+    weight = lambda x: torch.linspace(-1, 2, len(x), dtype=x.dtype) if len(x) else x
+    return sum((weight(x) * x).sum() for x in (trunk, leaves, trunk_entropy, leaf_entropy))
+
+
+def of_scores(s):
+    return weighted(s.trunk, s.leaves, s.trunk_entropy, s.leaf_entropy)
+
+
+def of_naive(model, encoded, leaves):
+    trunk, leaf = naive.expert_pairs(encoded), naive.leaf_pairs(encoded, leaves)
+    each = lambda pairs: torch.cat([naive.entropies(model, *pair) for pair in pairs])
+    return weighted(naive.sums(model, trunk), naive.sums(model, leaf), each(trunk), each(leaf))
+
+
+# ---- score
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("number", [1, 3])
+def test_score_is_one_forward_pass_per_state(family, number):
+    model = tiny.model(family)
+    ordinary = copy.deepcopy(model)
+    encoded, leaves = (x[:number] for x in example())
+    s = score(model, encoded, leaves)
+    trunk, leaf = naive.expert_pairs(encoded), naive.leaf_pairs(encoded, leaves)
+    assert s.trunk_lengths == [len(a) for _, a in trunk] and s.leaf_lengths == [len(a) for _, a in leaf]
+    assert close(s.trunk, naive.sums(ordinary, trunk)) and close(s.leaves, naive.sums(ordinary, leaf))
+    for found, of, pairs in ((s.trunk_tokens, naive.token_logps, trunk), (s.leaf_tokens, naive.token_logps, leaf),
+                             (s.trunk_entropy, naive.entropies, trunk), (s.leaf_entropy, naive.entropies, leaf)):
+        assert close(found, torch.cat([of(ordinary, *pair) for pair in pairs]))
+    for found, ends in ((s.state_hidden, [p for p, _ in trunk]), (s.trunk_hidden, [p + a for p, a in trunk]),
+                        (s.leaf_hidden, [p + a for p, a in leaf])):
+        assert close(found, torch.stack([naive.last_hidden(ordinary, ids) for ids in ends]), 1e-5)
+    assert same_gradients(gradients(model, of_scores(s)), gradients(ordinary, of_naive(ordinary, encoded, leaves)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_keeps_the_order_of_leaves(family):
+    model, (encoded, leaves) = tiny.model(family), example()
+    order = [3, 0, 4, 2, 1]
+    one = score(model, encoded[:1], leaves[:1]).leaves
+    other = score(model, encoded[:1], [[leaves[0][j] for j in order]]).leaves
+    assert close(other, one[order], 1e-5) and one.unique().numel() == 5
+
+
+def test_score_without_leaves():
+    model, (encoded, _) = tiny.model(), example()
+    s = score(model, encoded)
+    assert s.leaves.shape == (0,) and s.leaf_hidden.shape == (0, 32) and s.leaf_lengths == []
+    assert close(s.trunk, naive.sums(copy.deepcopy(tiny.model()), naive.expert_pairs(encoded)))
+
+
+def test_score_alone_equals_score_among_others():
+    model, (encoded, leaves) = tiny.model("mistral"), example()
+    packed = score(model, encoded, leaves)
+    alone = [score(model, [e], [own]) for e, own in zip(encoded, leaves)]
+    for name in ("trunk", "leaves", "trunk_tokens", "leaf_tokens", "leaf_entropy", "state_hidden", "leaf_hidden"):
+        assert close(getattr(packed, name), torch.cat([getattr(s, name) for s in alone]), 1e-5), name
+
+
+def test_a_leaf_equal_to_the_expert_action_scores_the_same():
+    model, (encoded, _) = tiny.model("qwen2"), example()
+    own = [[(i, e.ids[a:b]) for i, (a, b) in enumerate(e.spans)] for e in encoded]
+    s = score(model, encoded, own)
+    assert close(s.leaves, s.trunk, 1e-5) and close(s.leaf_hidden, s.trunk_hidden, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family):
+    model, (encoded, leaves) = tiny.model(family).train(), example()
+    calls = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    s = score(model, encoded, leaves)
+    plain = gradients(model, of_scores(s))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    t = score(model, encoded, leaves)
+    again = gradients(model, of_scores(t))
+    assert len(calls) == 3                                               # it really was computed again in the backward pass
+    assert torch.equal(s.trunk, t.trunk) and torch.equal(s.leaves, t.leaves)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
+    model, (encoded, leaves) = tiny.model(), example()
+    s = score(model, encoded, leaves)
+    plain = gradients(model, of_scores(s))
+    calls = []
+    model.lm_head.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+    monkeypatch.setattr(rollout._head, "__defaults__", (7,))
+    t = score(model, encoded, leaves)
+    assert max(calls) == 7 and sum(calls) == len(s.trunk_tokens) + len(s.leaf_tokens)
+    assert close(t.trunk_tokens, s.trunk_tokens, 1e-6) and close(t.leaf_entropy, s.leaf_entropy, 1e-6)
+    assert same_gradients(gradients(model, of_scores(t)), plain)
+    assert sum(calls) == 2 * (len(s.trunk_tokens) + len(s.leaf_tokens))  # no logits are kept for the backward pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_under_bfloat16_autocast(family):
+    model = tiny.model(family).float()
+    ordinary, (encoded, leaves) = copy.deepcopy(model), example()
+    with torch.autocast("cpu", torch.bfloat16):
+        s = score(model, encoded, leaves)
+    tokens_ = torch.cat([s.trunk_tokens, s.leaf_tokens])
+    pairs = naive.expert_pairs(encoded) + naive.leaf_pairs(encoded, leaves)
+    expected = torch.cat([naive.token_logps(ordinary, *pair) for pair in pairs])
+    assert tokens_.dtype == s.trunk.dtype == s.leaf_entropy.dtype == torch.float32
+    assert (tokens_ - expected).abs().mean() < 0.05 and expected.std() > 0.5
+    flat = lambda g: torch.cat([x.flatten() for x in g])
+    found, right = flat(gradients(model, -tokens_.mean())), flat(gradients(ordinary, -expected.mean()))
+    assert found.dtype == torch.float32 and torch.cosine_similarity(found, right, 0) > 0.98
+
+
+def test_practice_under_bfloat16_autocast_scores_like_score():
+    model, (encoded, _) = tiny.model().float(), example()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        drawn = practice(model, encoded, 2, 1.0, 8, STOPS, torch.Generator().manual_seed(0))
+        leaves = [[(i, ids) for i, own in enumerate(steps) for ids in own] for steps in drawn]
+        s = score(model, encoded, leaves)
+    assert torch.isfinite(s.leaves).all() and len(s.leaves) == 12
+
+
+def test_inputs_are_not_mutated():
+    model, (encoded, leaves) = tiny.model("mistral"), example()
+    before, weights = copy.deepcopy((encoded, leaves)), copy.deepcopy(model.state_dict())
+    score(model, encoded, leaves).trunk.sum().backward()
+    practice(model, encoded, 2, 1.0, 5, STOPS, torch.Generator().manual_seed(0))
+    assert (encoded, leaves) == before and all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def test_an_empty_leaf_is_refused():
+    with pytest.raises(AssertionError, match="step 0 of a"):
+        score(tiny.model(), example()[0][:1], [[(0, [])]])
+
+
+@pytest.mark.parametrize("made", [
+    lambda: GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20),
+    lambda: Gemma2Config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1,
+                         head_dim=4, vocab_size=20)])
+def test_an_unsupported_family_is_refused(made):
+    model = AutoModelForCausalLM.from_config(made())
+    with pytest.raises(InputError, match="not supported; use one of llama, mistral"):
+        use_tree_attention(model)
+    with pytest.raises(InputError):
+        score(model, *example(20))
+
+
+def test_the_model_cannot_be_called_without_its_tree():
+    model = tiny.model()
+    use_tree_attention(model)
+    with pytest.raises(AssertionError):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+# ---- practice
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("number", [1, 3])
+def test_greedy_practice_is_greedy_decoding_of_every_state(family, number):
+    model = tiny.model(family)
+    ordinary, encoded = copy.deepcopy(model), example()[0][:number]
+    found = practice(model, encoded, 2, 0.0, 12, STOPS)
+    expected = [[[naive.greedy(ordinary, e.ids[:a], 12, STOPS)] * 2 for a, _ in e.spans] for e in encoded]
+    assert found == expected
+    lengths = {len(ids) for steps in found for own in steps for ids in own}
+    assert len(lengths) > 1                                              # rows left the batch at different times
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_long_practice_outgrows_its_first_buffer(family):
+    model = tiny.model(family)
+    ordinary, encoded = copy.deepcopy(model), example()[0][1:]
+    found = practice(model, encoded, 1, 0.0, 70, {1, 2})
+    assert found == [[[naive.greedy(ordinary, e.ids[:a], 70, {1, 2})] for a, _ in e.spans] for e in encoded]
+    assert max(len(ids) for steps in found for own in steps for ids in own) == 70
+
+
+def test_a_practice_action_ends_with_its_stop_token_or_at_the_limit():
+    drawn = practice(tiny.model(), example()[0], 20, 1.0, 6, STOPS, torch.Generator().manual_seed(0))
+    leaves = [ids for steps in drawn for own in steps for ids in own]
+    assert all(ids[-1] in STOPS or len(ids) == 6 for ids in leaves) and not any(STOPS & set(ids[:-1]) for ids in leaves)
+    assert any(len(ids) == 6 and ids[-1] not in STOPS for ids in leaves) and any(len(ids) == 1 for ids in leaves)
+
+
+def test_every_practice_action_has_its_own_temperature():
+    model = tiny.model()
+    ordinary, encoded = copy.deepcopy(model), example()[0]
+    found = practice(model, encoded, 3, [0, 1.0, 0.0], 10, STOPS, torch.Generator().manual_seed(3))
+    for e, steps in zip(encoded, found):
+        for (a, _), (first, sampled, last) in zip(e.spans, steps):
+            assert first == last == naive.greedy(ordinary, e.ids[:a], 10, STOPS)
+    assert any(own[1] != own[0] for steps in found for own in steps)
+
+
+def test_sampling_does_not_depend_on_packing():
+    model, (encoded, _) = tiny.model("mistral"), example()
+    gens = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
+    together = practice(model, encoded, 4, 1.0, 12, STOPS, gens(0, 1, 2))
+    assert together == [practice(model, [e], 4, 1.0, 12, STOPS, gens(j))[0] for j, e in enumerate(encoded)]
+    assert practice(model, encoded[::-1], 4, 1.0, 12, STOPS, gens(2, 1, 0)) == together[::-1]
+    assert practice(model, encoded, 4, 1.0, 12, STOPS, gens(5, 6, 7)) != together
+    assert len({tuple(ids) for ids in together[0][0]}) > 1               # the K actions of a state differ
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_actions_have_the_policy_distribution(temperature):
+    """Chi-square over all actions of at most two tokens from a vocabulary of six; 59.7 is the 99.9% quantile for 30 degrees."""
+    model, stop, n = tiny.model(vocab=6), 5, 6000
+    ordinary, state = copy.deepcopy(model), [3, 1, 4, 1]
+    [[drawn]] = practice(model, [Encoded(state + [2], [(4, 5)])], n, temperature, 2, {stop}, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = lambda ids: torch.softmax(naive.logits(ordinary, ids)[-1] / temperature, -1).tolist()
+        first = p(state)
+        expected = {(stop,): first[stop]} | {(a, b): first[a] * q for a in range(5) for b, q in enumerate(p(state + [a]))}
+    assert sum(expected.values()) == pytest.approx(1) and max(expected.values()) > 3 / 31
+    counts = {action: drawn.count(list(action)) for action in expected}
+    assert sum(counts.values()) == n
+    assert sum((counts[a] - n * q) ** 2 / (n * q) for a, q in expected.items()) < 59.7
+
+
+def test_sample_inverts_the_distribution_function():
+    logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(6, 3)
+    u = torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 1 - 1e-16], dtype=torch.float64)
+    assert sample(logits, torch.ones(6), u).tolist() == [0, 0, 1, 1, 2, 2]
+    assert sample(logits, torch.zeros(6), u).tolist() == [2] * 6         # temperature 0 does not look at u
+    assert sample(logits[:2], torch.tensor([1.0, 0.0]), u[:2]).tolist() == [0, 2]
+    # temperature 1/2 squares the odds: 4, 9, 25 of 38
+    assert sample(logits[:4], torch.full((4,), 0.5), torch.tensor([3.9, 4.1, 12.9, 13.1]).double() / 38).tolist() == [0, 1, 1, 2]
+
+
+def test_impossible_tokens_are_never_sampled():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(3, 5)
+    assert sample(logits, torch.ones(3), torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+
+
+# ---- episodes
+
+class Parrot:
+    """A scripted world: answers of many lengths that depend on all that was said; some episodes end by themselves."""
+
+    def __init__(self, turns=6):
+        self.turns, self.closed = turns, []
+
+    def max_steps(self, task):
+        return self.turns
+
+    def start(self, task):
+        return ParrotEpisode(self, task), f"Task {task}. " + "You see a desk. " * (len(task) % 3)
+
+
+class ParrotEpisode:
+    def __init__(self, env, task):
+        self.env, self.said, self.task = env, task, task
+
+    def step(self, text):
+        self.said += "|" + text
+        rng = random.Random(self.said)
+        done = rng.random() < 0.15
+        return "mug 1, " * rng.randrange(7) + "pen 2.", rng.random(), done, {"valid": rng.random() < 0.5}
+
+    def close(self):
+        self.env.closed.append(self.task)
+
+
+def talker(make=tiny.chatml, family="llama", context=1000, **more):
+    """A random model over a real tokenizer, which stops often enough."""
+    tokenizer = make()
+    model = tiny.model(family, vocab=len(tokenizer), context=context, **more)
+    with torch.no_grad():
+        model.lm_head.weight[sorted(stop_ids(tokenizer))] *= 2.5
+    return model, tokenizer
+
+
+TASKS = [f"t{'x' * i}{i}" for i in range(7)]
+PROMPT = [{"role": "user", "content": "Rules of the world."}, {"role": "assistant", "content": "OK"}]
+
+
+def same_episode(a, b):
+    what = lambda t: (t.task_id, t.steps, t.reward, t.truncated, t.info["invalid"])
+    return what(a) == what(b)
+
+
+@pytest.mark.parametrize("family, make", [("llama", tiny.chatml), ("mistral", tiny.mistral), ("qwen2", tiny.llama3),
+                                          ("qwen3", tiny.chatml)])
+def test_episodes_with_a_kept_cache_are_episodes_computed_from_scratch(family, make):
+    model, tokenizer = talker(make, family)
+    ordinary = copy.deepcopy(model)
+    played = run_episodes(model, tokenizer, Parrot(), TASKS, prompt=PROMPT, max_new_tokens=9)
+    expected = [naive.play(ordinary, tokenizer, Parrot(), task, PROMPT, 9) for task in TASKS]
+    assert all(map(same_episode, played, expected))
+    stops, actions = stop_ids(tokenizer), [s.ids for t in played for s in t.steps]
+    assert any(ids[-1] in stops for ids in actions) and any(ids[-1] not in stops for ids in actions)
+    assert any(t.truncated for t in played) and any(not t.truncated for t in played)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_size_does_not_change_episodes(temperature):
+    model, tokenizer = talker(tiny.mistral, "mistral")
+    play = lambda tasks, batch, seed=0: run_episodes(model, tokenizer, Parrot(), tasks, batch=batch, temperature=temperature,
+                                                     max_new_tokens=8, seed=seed)
+    one = play(TASKS, 1)
+    assert [t.task_id for t in one] == TASKS and play(TASKS, 3) == one == play(TASKS, 64)
+    assert play(TASKS[::-1], 4) == one[::-1]
+    assert (play(TASKS, 64, seed=1) == one) == (temperature == 0)
+
+
+def test_an_action_cut_at_the_limit_keeps_its_tokens_and_the_turn_is_closed():
+    model, tokenizer = talker()
+    env = Parrot()
+    ended = []
+    played = run_episodes(model, tokenizer, env, TASKS, max_new_tokens=3, temperature=1.0, progress=ended.append)
+    assert sum(ended) == len(TASKS) and sorted(env.closed) == sorted(TASKS)
+    cut = 0
+    for t in played:
+        e = encode(t, tokenizer)
+        for i, (step, (a, b)) in enumerate(zip(t.steps, e.spans)):
+            assert e.ids[a:b] == step.ids and len(step.ids) <= 3
+            if step.ids[-1] not in stop_ids(tokenizer):
+                assert len(step.ids) == 3 and tokenizer.decode(step.ids) == step.action
+                cut += i < len(t.steps) - 1
+                assert i == len(t.steps) - 1 or e.ids[b] == tokenizer.eos_token_id              # closed, not supervised
+            else:
+                assert tokenizer.decode(step.ids[:-1]) == step.action
+    assert cut
+
+
+def test_an_episode_that_outgrows_the_context_ends_as_truncated():
+    model, tokenizer = talker(context=150)
+    ordinary = copy.deepcopy(model)
+    played = run_episodes(model, tokenizer, Parrot(turns=40), TASKS, max_new_tokens=30)
+    expected = [naive.play(ordinary, tokenizer, Parrot(turns=40), task, [], 30) for task in TASKS]
+    assert all(map(same_episode, played, expected))
+    outgrown = [t for t in played if t.info.get("outgrown")]
+    assert outgrown and all(t.truncated and len(t.steps) < 40 for t in outgrown)
+    assert all(len(encode(t, tokenizer).ids) <= 150 for t in played)
+    assert all(t.truncated == bool(t.info.get("outgrown")) for t in played)              # 40 turns do not fit in 150 tokens
+
+
+def test_the_step_limit_truncates():
+    model, tokenizer = talker()
+    played = run_episodes(model, tokenizer, Parrot(turns=2), TASKS, max_new_tokens=5)
+    assert all(len(t.steps) <= 2 for t in played) and any(t.truncated for t in played)
+    assert all(len(t.steps) == 2 and not t.info.get("outgrown") for t in played if t.truncated)
+
+
+# ---- encode
+
+EXPERT = [Step("You are in a house. Task: find é.", "Thought: I must look.\nAction: go to desk 1"),
+          Step("On desk 1: mug 1.", "Thought: ünï\nAction: take mug 1 from desk 1"),
+          Step("You take mug 1.", "Thought: done\nAction: look")]
+TOKENIZERS = [tiny.chatml, tiny.llama3, tiny.mistral]
+
+
+def expert(steps=EXPERT, prompt=PROMPT):
+    return Trajectory("task-7", copy.deepcopy(prompt), copy.deepcopy(steps))
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@pytest.mark.parametrize("prompt", [[], PROMPT])
+def test_supervised_ids_are_the_action_and_its_stop_token(make, prompt):
+    tokenizer = make()
+    e = encode(expert(prompt=prompt), tokenizer)
+    stop = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[make.__name__]
+    assert [tokenizer.decode(e.ids[a:b]) for a, b in e.spans] == [s.action + stop for s in EXPERT]
+    assert all(e.ids[b - 1] in stop_ids(tokenizer) and e.ids.count(e.ids[b - 1]) >= len(EXPERT) for _, b in e.spans)
+    assert e.task_id == "task-7" and e.spans[-1][1] == len(e.ids)
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_every_state_is_what_the_template_writes_for_it(make):
+    tokenizer, t = make(), expert()
+    e = encode(t, tokenizer)
+    for (state, action), (start, end) in zip(segment(t), e.spans, strict=True):
+        messages = list(state.prompt)
+        for step in state.steps:
+            messages += [{"role": "user", "content": step.observation}]
+            messages += [{"role": "assistant", "content": step.action}] * bool(step.action)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer(text, add_special_tokens=False).input_ids == e.ids[:start]
+        text = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": action}], tokenize=False)
+        assert tokenizer(text, add_special_tokens=False).input_ids[:end] == e.ids[:end]
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_the_ok_turn_is_not_supervised(make):
+    tokenizer = make()
+    e, without = encode(expert(), tokenizer), encode(expert(prompt=[]), tokenizer)
+    assert "OK" in tokenizer.decode(e.ids[:e.spans[0][0]]) and "Rules" in tokenizer.decode(e.ids[:e.spans[0][0]])
+    assert [e.ids[a:b] for a, b in e.spans] == [without.ids[a:b] for a, b in without.spans]
+
+
+def test_the_stop_token_is_supervised_where_pad_is_eos():
+    tokenizer = tiny.chatml()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    e = encode(expert(), tokenizer)
+    assert all(e.ids[b - 1] == tokenizer.eos_token_id for _, b in e.spans)
+    assert score(tiny.model(vocab=len(tokenizer)), [e]).trunk_lengths == [b - a for a, b in e.spans]
+
+
+@pytest.mark.parametrize("make", [tiny.llama3, tiny.mistral])
+def test_there_is_one_bos(make):
+    tokenizer = make()
+    ids = encode(expert(), tokenizer).ids
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_sampled_ids_are_used_as_they_are(make, monkeypatch):
+    """One token a character, as no tokenizer would write it; text and ids may even disagree."""
+    tokenizer, t = make(), expert()
+    usual, stop = encode(t, tokenizer), action_ids(tokenizer, "x")[-1]
+    odd = [i for c in "Action" for i in tokenizer(c, add_special_tokens=False).input_ids] + [stop]
+    cut = odd[:4]
+    t.steps[0].ids, t.steps[1].ids = list(odd), list(cut)
+    e = encode(t, tokenizer)
+    (a, b), (c, d), (x, y) = e.spans
+    assert e.ids[a:b] == odd and e.ids[b - 1] == stop and e.ids[c:d] == cut and e.ids[d] == stop
+    assert e.ids[x:y] == usual.ids[usual.spans[2][0]:usual.spans[2][1]]
+    between = usual.ids[usual.spans[0][1]:usual.spans[1][0]]
+    assert e.ids[b:c] == between and t.steps[0].ids == odd and t.steps[1].ids == cut
+
+
+def test_a_cut_last_action_is_not_closed():
+    tokenizer, t = tiny.chatml(), expert()
+    t.steps[-1].ids = [5, 6]
+    e = encode(t, tokenizer)
+    assert e.ids[-2:] == [5, 6] and e.spans[-1] == (len(e.ids) - 2, len(e.ids))
+
+
+def test_a_template_that_drops_old_thinking_is_refused():
+    t = expert([Step("o1", "<think>plan</think>Action: a"), Step("o2", "<think>more</think>Action: b")])
+    with pytest.raises(InputError, match="breaks the prefix property in trajectory task-7") as error:
+        encode(t, tiny.qwen3())
+    assert "\n" not in str(error.value)
+    assert len(encode(expert(), tiny.qwen3()).spans) == 3                # without thinking it keeps every turn
+
+
+def test_a_tokenizer_without_template_is_refused():
+    for call in (stop_ids, lambda tokenizer: encode(expert(), tokenizer)):
+        with pytest.raises(InputError, match="no chat template"):
+            call(tiny.byte_level(["<s>", "</s>"], None, eos_token="</s>"))
+
+
+def test_a_template_without_a_stop_token_is_refused():
+    with pytest.raises(InputError, match="without a special stop token"):
+        encode(expert(), tiny.byte_level(["</s>"], "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
+                                         eos_token="</s>"))
+
+
+def test_a_prompt_that_the_template_refuses_is_an_input_error():
+    """Mistral-v0.1 has no system role; its template raises."""
+    with pytest.raises(InputError, match="template") as error:
+        encode(expert(prompt=[{"role": "system", "content": "Be brief."}]), tiny.mistral())
+    assert "\n" not in str(error.value)
+
+
+def test_a_trajectory_without_actions_is_refused():
+    with pytest.raises(InputError, match="task-7 has no actions"):
+        encode(expert([]), tiny.chatml())
+
+
+def test_encode_does_not_mutate_its_trajectory():
+    t = expert()
+    encode(t, tiny.chatml())
+    assert t == expert()
+
+
+def test_segment_gives_every_state_with_its_expert_action():
+    t = expert()
+    pairs = segment(t)
+    assert [action for _, action in pairs] == [s.action for s in EXPERT]
+    for i, (state, _) in enumerate(pairs):
+        assert state.steps == EXPERT[:i] + [Step(EXPERT[i].observation, "")]
+        assert state.task_id == "task-7" and state.prompt == PROMPT
+    assert t == expert()
