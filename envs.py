@@ -446,7 +446,7 @@ class Household:
     """Tidying tasks in generated houses. Task ids are "<split>-<number>"; a house depends on the id and on the options only.
     receptacles: how many a house has; distractors: how many objects besides the wanted kind: together the difficulty.
     likely: the chance that an object lies in one of its likely places (a wrong place may turn out likely by chance).
-    At the defaults the expert solves every task within 25 turns; from 18 receptacles on, a few need more than 30."""
+    At the defaults the expert needs 19 turns at most."""
 
     instruction = (
         "You live in a house and solve a task there. Objects and receptacles have a name and a number, such as mug 1. "
@@ -459,7 +459,7 @@ class Household:
         "An action that is not possible gives: Nothing happens.\n"
         "Reply each time with:\nThought: your reasoning\nAction: your action")
 
-    def __init__(self, receptacles: int = 8, distractors: int = 6, likely: float = 0.75, max_steps: int = 30):
+    def __init__(self, receptacles: int = 8, distractors: int = 6, likely: float = 0.75, max_steps: int = 20):
         most = sum(limit for limit, _ in RECEPTACLES.values())
         for option, value, low, high in [("receptacles", receptacles, 5, most), ("distractors", distractors, 0, 1000),
                                          ("likely", likely, 0, 1), ("max_steps", max_steps, 1, 1000)]:

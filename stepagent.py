@@ -27,7 +27,9 @@ itself, we read it as follows:
 10. PPO with step rewards. Each practice action is a one-step episode with reward log D; baseline: mean reward of the state's other
     K - 1 practice actions (K = 1: of all); advantages whitened over all actions of the iteration; ratio and clip per token.
     The entropy bonus is the exact token entropy on practice tokens, eq. 8's causal entropy without its future term.
-11. Rates. The paper gives no schedule for reflection: the rate falls to zero along a cosine over all iterations together.
+11. Rates. The paper gives no schedule for reflection: the rate falls to zero along a cosine over all iterations together, so the
+    third of nine iterations is not the end of a run of three. AdamW starts afresh in every phase.
+12. What differs for `tiny` stands in its column of the options: above all --dpo-nll, which anchors what was right already.
 """
 from __future__ import annotations
 
@@ -44,6 +46,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -83,27 +86,27 @@ class Config:
     # expert data
     expert: str = option("", "file of expert trajectories (ETO's JSON, or our JSONL), instead of the environment's own expert")
     experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=2000)
-    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=1000)
-    practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=1000)
+    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all")
+    practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=400)
     prompt: str = option("full", "full: instruction and one-shot example; none: a model made from scratch needs neither", tiny="none",
                          choices=("full", "none"))
     # imitation, eq. 2-3
     sft_lr: float = option(1e-5, "SFT learning rate (paper)", tiny=2e-3)
-    sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=32)
-    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=20)
+    sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=16)
+    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=6)
     warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
     # inspection, eq. 4-5
-    iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=3)
+    iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=2)
     practice: int = option(3, "K, practice actions per expert step (paper's peak)")
     temperature: float = option(1.0, "of practice; 0 = greedy")
     # reflection, eq. 6, 8-11
     lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=1e-4)
-    batch: int = option(16, "step pairs per update (paper)", tiny=64)
+    batch: int = option(16, "step pairs per update (paper)", tiny=32)
     epochs: int = option(1, "passes over the iteration's pairs (paper)")
     beta: float = option(0.1, "DPO temperature beta, eq. 6")
-    dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)")
+    dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)", tiny=20.0)
     clip: float = option(0.2, "PPO clip range")
-    ppo_passes: int = option(2, "PPO passes over the iteration's practice actions")
+    ppo_passes: int = option(2, "PPO passes over the iteration's practice actions", tiny=1)
     entropy: float = option(0.01, "lambda of eq. 8, weight of the entropy bonus")
     kl: float = option(0.0, "weight of KL(policy || reference) in PPO, k3 estimate")
     d_lr: float = option(1e-4, "discriminator learning rate", tiny=1e-3)
@@ -205,10 +208,11 @@ class Learner:
 
     def imitate_more(self, i: int):
         """SFT+: eq. 3 on the practised trajectories, in the updates of the run given by --match, or in its own: as many as
-        reflection would take if no pair were dropped."""
+        implicit reflection would take if no pair were dropped."""
         c = self.run.config
         if c.match:
-            batches = json.loads(_read(Path(c.match, f"iter_{i}/batches.json")))
+            number = {item.task_id: j for j, item in enumerate(self.data)}
+            batches = [[number[task] for task in batch] for batch in json.loads(_read(Path(c.match, f"iter_{i}/batches.json")))]
         else:
             batches = self._batches("sft+", i, lambda j: len(self.data[j].spans) * c.practice)
         self._train("sft+", i, batches, self._nll, self._falling(i, len(batches)))
@@ -227,7 +231,8 @@ class Learner:
         self.policy.eval()
         mine, shards = list(self.practised)[run.rank::run.world], {}
         with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
-            for group in self._groups(mine, lambda j: len(self.data[j].spans) * c.practice, c.leaves):
+            share = lambda j: max(len(self.data[j].spans) * c.practice / c.leaves, self._tokens(j) / c.micro_tokens)
+            for group in self._groups(mine, share, 1):                             # within both limits
                 encoded = [self.data[j] for j in group]
                 gens = [torch.Generator().manual_seed(stable_seed(c.seed, i, e.task_id)) for e in encoded]
                 drawn = practice(self.policy, encoded, c.practice, c.temperature, c.max_new_tokens, stops, gens)
@@ -395,7 +400,7 @@ class Learner:
         self._train(name, i, batches, loss, self._falling(i, len(batches)),
                     lambda j: self._tokens(j, [(0, p.leaves[n]) for n in own(j)]))
         if self.run.rank == 0:
-            _write(self.run.path(f"iter_{i}/batches.json"), json.dumps(batches))
+            _write(self.run.path(f"iter_{i}/batches.json"), json.dumps([[self.data[j].task_id for j in b] for b in batches]))
         self.save(f"iter_{i}/policy")
 
     def _train(self, name: str, i: int, batches: list[list[int]], loss_of, rate, tokens=None):
@@ -447,7 +452,7 @@ class Learner:
                     current, count = current + [j], count + pairs(j)
                 if count >= self.run.config.batch:
                     batches, current, count = batches + [current], [], 0
-        return batches + [current] if count else batches
+        return batches + [current] if current else batches
 
     def _tokens(self, j: int, leaves=()) -> int:
         return len(self.data[j].ids) + sum(len(ids) for _, ids in leaves)
@@ -470,7 +475,7 @@ class Learner:
         run, c = self.run, self.run.config
         self.policy.eval()
         for split in filter(None, splits.split(",")):
-            tasks = self.env.splits[split][:c.eval_tasks or None]
+            tasks = some(self.env.splits[split], c.eval_tasks)
             mine = tasks[run.rank::run.world]
             with run.bar(len(mine), f"{name}: {split}") as bar, run.autocast():
                 played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=self.prompt, batch=c.episodes,
@@ -502,23 +507,26 @@ def fit_discriminator(d: Discriminator, expert: Tensor, agent: Tensor, k: int, l
     """Eq. 11 by Adam, passes until the held-out loss has not fallen for `patience` of them; D keeps its best weights.
     expert [S, f], agent [S * k, f]; learn, held [S] bool over steps."""
     leaves = lambda steps: (steps[:, None] * k + torch.arange(k)).flatten()
-    learn, held = learn.nonzero()[:, 0], held.nonzero()[:, 0]
+    learn, held = learn.nonzero()[:, 0], (held if held.any() else learn).nonzero()[:, 0]
     both = torch.cat([expert[learn], agent[leaves(learn)]])
     d.mean, d.std = both.mean(0), both.std(0) + 1e-6
     loss_on = lambda steps: losses.discriminator_loss(d(expert[steps]), d(agent[leaves(steps)]))[0]
     optimizer, gen = torch.optim.Adam(d.mlp.parameters(), lr=lr), torch.Generator().manual_seed(seed)
-    best, kept, waited, passes = math.inf, None, 0, 0
-    while waited <= patience and passes <= most:
+    best, kept, waited = math.inf, None, 0
+    for passes in range(most + 1):
         with torch.no_grad():
             loss = loss_on(held).item()
         waited = 0 if loss < best else waited + 1
         if loss < best:
             best, kept = loss, {name: x.clone() for name, x in d.state_dict().items()}
+        if waited > patience or passes == most or not math.isfinite(loss):
+            break
         for steps in learn[torch.randperm(len(learn), generator=gen)].split(256):
             optimizer.zero_grad()
             loss_on(steps).backward()
             optimizer.step()
-        passes += 1
+    if kept is None:
+        raise InputError("discriminator: its loss is not finite; the policy's features are broken")
     d.load_state_dict(kept)
     with torch.no_grad():
         return {"d_loss": loss_on(learn).item(), "d_loss_held": best, "d_passes": passes}
@@ -569,7 +577,7 @@ def load_experts(run: Run):
     if c.expert:
         experts = load_trajectories(c.expert)[:c.experts or None]
     else:
-        tasks = env.splits["train"][:c.experts or None]
+        tasks = some(env.splits["train"], c.experts)
         shown = [env.expert(task) for task in run.bar(tasks, "expert")]
         experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
     if not experts:
@@ -579,6 +587,12 @@ def load_experts(run: Run):
     for t in experts:
         t.prompt = t.prompt if given else prompt
     return env, experts, prompt
+
+
+def some(tasks: list[str], most: int) -> list[str]:
+    """At most so many tasks (0 = all), the same ones each time, from everywhere in the list: lists often go type by type."""
+    chosen = set(sorted(tasks, key=stable_seed)[:most or None])
+    return [task for task in tasks if task in chosen]
 
 
 def env_options(text: str) -> dict:
@@ -650,16 +664,24 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
-        if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)                                     # gathering objects uses the current device
+        if "RANK" in os.environ and not dist.is_initialized():                     # ranks with less to play wait for the others
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=self.device if cuda else None)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
-            if torch.cuda.is_available() else torch.device("cpu")
         self.iterations = config.iterations if config.iterations >= 0 else 7 if config.method == "stepagent-inverse" else 3
         if config.method in ("base", "sft"):
             self.iterations = 0
         if config.method == "stepagent-inverse" and config.temperature != 1:
             raise InputError(f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
+        if config.match:
+            other = json.loads(_read(Path(config.match, "config.json")))["config"]
+            same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
+            if wrong := [k for k in same if other[k] != getattr(config, k)]:
+                raise InputError(f"--match {config.match}: its --{wrong[0].replace('_', '-')} is {other[wrong[0]]!r}, not "
+                                 f"{getattr(config, wrong[0])!r}; give this run the same")
         self.out = Path(config.out)
         self.state = {"done": [], "policy": "", "log_bytes": 0}
         self._open_directory()
@@ -677,9 +699,9 @@ class Run:
         if self.rank == 0:
             if not self.state["done"]:                                             # nothing to lose: an earlier start failed early
                 shutil.rmtree(self.path("base"), ignore_errors=True)
-            _write(self.path("config.json"), json.dumps({"config": wanted, "versions": {
-                "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-                "commit": _commit(), "ranks": self.world}, indent=2))
+                _write(self.path("config.json"), json.dumps({"config": wanted, "versions": {
+                    "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+                    "commit": _commit(), "ranks": self.world}, indent=2))
             metrics = self.path("metrics.jsonl")
             metrics.touch()
             os.truncate(metrics, min(self.state["log_bytes"], metrics.stat().st_size))   # lines of the phase that was cut off

@@ -19,11 +19,18 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def rewards(runs: list[str], split: str) -> np.ndarray:
-    """[seeds, tasks]"""
-    episodes = [sorted(rows(Path(run, f"eval/final_{split}.jsonl")), key=lambda r: r["task_id"]) for run in runs]
-    assert all([r["task_id"] for r in e] == [r["task_id"] for r in episodes[0]] for e in episodes), "runs played different tasks"
-    return np.array([[r["reward"] for r in e] for e in episodes])
+def rewards(runs: dict[str, list[str]], split: str) -> dict[str, np.ndarray]:
+    """label -> [seeds, tasks], the same seeds and tasks in the same order for every label, or an error."""
+    found, first = {}, None
+    for label, paths in runs.items():
+        episodes = [sorted(rows(Path(run, f"eval/final_{split}.jsonl")), key=lambda r: r["task_id"]) for run in paths]
+        seeds = [json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]["seed"] for run in paths]
+        played = (seeds, [[r["task_id"] for r in e] for e in episodes])
+        first = first or played
+        if played != first or any(ids != played[1][0] for ids in played[1]):
+            sys.exit(f"error: {label} has other seeds or tasks on {split} than {next(iter(runs))}; a paired table needs the same")
+        found[label] = np.array([[r["reward"] for r in e] for e in episodes])
+    return found
 
 
 def interval(x: np.ndarray, draws: int = 2000) -> tuple[float, float]:
@@ -48,26 +55,33 @@ def main() -> None:
     args = parser.parse_args()
     runs = {label: paths.split(",") for label, _, paths in (r.partition("=") for r in args.runs)}
     splits = args.splits.split(",")
-    success = {(label, s): (rewards(paths, s) >= 1).astype(float) for label, paths in runs.items() for s in splits}
+    got = {s: rewards(runs, s) for s in splits}
+    success = {(label, s): (got[s][label] >= 1).astype(float) for label in runs for s in splits}
     together = {label: np.concatenate([success[label, s] for s in splits], 1) for label in runs}
-    reward = {label: np.concatenate([rewards(paths, s) for s in splits], 1) for label, paths in runs.items()}
+    reward = {label: np.concatenate([got[s][label] for s in splits], 1) for label in runs}
 
     n = len(next(iter(runs.values())))
     lines = [f"Success in %, 95% intervals in brackets; {n} seed{'s' * (n > 1)}, "
-             f"{', '.join(f'{success[next(iter(runs)), s].shape[1]} {s} tasks' for s in splits)}.", "",
-             "| method | " + " | ".join(splits) + f" | mean reward | all, minus {args.to} (paired) |", "|---" * (3 + len(splits)) + "|"]
+             f"{', '.join(f'{success[next(iter(runs)), s].shape[1]} {s} tasks' for s in splits)}." +
+             " Three seeds make an interval over seeds a little too narrow: the difference of each seed stands beside it." * (n > 1), "",
+             "| method | " + " | ".join(splits) + f" | mean reward | all tasks, minus {args.to} (paired) | by seed | updates | million tokens |",
+             "|---" * (6 + len(splits)) + "|"]
     for label in runs:
-        difference = "" if label == args.to else cell(together[label] - together[args.to], sign=True)
+        gap = together[label] - together[args.to]
+        difference = "" if label == args.to else cell(gap, sign=True)
+        each = "" if label == args.to else ", ".join(f"{100 * x:+.1f}" for x in gap.mean(1))
+        steps = [[r for r in rows(Path(p, "metrics.jsonl")) if "grad_norm" in r] for p in runs[label]]
+        updates, tokens = np.mean([len(s) for s in steps]), np.mean([sum(r["tokens"] for r in s) for s in steps]) / 1e6
         lines.append(f"| {label} | " + " | ".join(cell(success[label, s]) for s in splits) +
-                     f" | {reward[label].mean():.3f} | {difference} |")
+                     f" | {reward[label].mean():.3f} | {difference} | {each} | {updates:.0f} | {tokens:.2f} |")
     lines += ["", "| match with the expert (text / action), per iteration | " + " | ".join(runs) + " |", "|---" * (1 + len(runs)) + "|"]
     seen = {label: [{r["iteration"]: r for r in rows(Path(p, "metrics.jsonl")) if r["phase"] == "inspect"} for p in paths]
             for label, paths in runs.items()}
     for i in sorted({i for many in seen.values() for one in many for i in one}):
         figures = []
         for label in runs:
-            got = [one[i] for one in seen[label] if i in one]
-            figures.append(" / ".join(f"{100 * np.mean([g[k] for g in got]):.1f}" for k in ("match_text", "match_action")) if got else "")
+            here = [one[i] for one in seen[label] if i in one]
+            figures.append(" / ".join(f"{100 * np.mean([g[k] for g in here]):.1f}" for k in ("match_text", "match_action")) if here else "")
         lines.append(f"| {i} | " + " | ".join(figures) + " |")
 
     above = [k for k in runs if k.startswith("StepAgent") and interval(together[k] - together[args.to])[0] > 0]

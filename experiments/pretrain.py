@@ -2,7 +2,7 @@
 task solved on purpose. It stands in for what a real language model brings along: copying names, remembering what was seen, what
 follows from an action. Only its tokenizer knows the expert's words (weights never see them).
 
-    python experiments/pretrain.py --out models/household-base --minutes 20
+    python experiments/pretrain.py --out models/tiny-household --minutes 20
 """
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def random_play(env, seed: str, turns: int = 12) -> Trajectory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="models/household-base")
+    parser.add_argument("--out", default="models/tiny-household")
     parser.add_argument("--minutes", type=float, default=20, help="of training on one core; the rate falls to zero over them")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)

@@ -25,7 +25,7 @@ from rollout import Encoded, InputError, Step, Trajectory, encode, score
 ROOT = Path(S.__file__).resolve().parent
 MINIATURE = ["--env-options", "receptacles=5 distractors=2 max_steps=13", "--experts", "6", "--sft-experts", "6",
              "--practice-experts", "6", "--sft-epochs", "1", "--sft-batch", "2", "--iterations", "2", "--practice", "2",
-             "--batch", "8", "--max-new-tokens", "6",
+             "--batch", "8", "--dpo-nll", "0", "--max-new-tokens", "6",
              "--eval-each", "dev", "--eval-splits", "test", "--eval-tasks", "3"]
 QUIET = ["--eval-each", "", "--eval-splits", ""]
 
@@ -89,6 +89,13 @@ def test_tiny_has_its_own_column_of_defaults():
 def test_the_paper_peaks_are_the_default_iterations(tmp_path):
     at = lambda method: S.Run(S.parse(["--model", "some/model", "--method", method, "--out", str(tmp_path / method)])).iterations
     assert [at(m) for m in ("base", "sft", "stepagent-implicit", "stepagent-inverse")] == [0, 0, 3, 7]
+
+
+def test_some_tasks_come_from_everywhere_in_the_list():
+    tasks = [f"{kind}-{i}" for kind in "abcd" for i in range(100)]
+    few = S.some(tasks, 40)
+    assert len(few) == 40 and sorted(few, key=tasks.index) == few and S.some(tasks, 0) == tasks
+    assert all(sum(t.startswith(kind) for t in few) >= 3 for kind in "abcd")
 
 
 @pytest.mark.parametrize("text, options", [("", {}), ("a=1 b=x,y c=0.5 d=-2", {"a": 1, "b": "x,y", "c": 0.5, "d": -2}),
@@ -361,15 +368,16 @@ def test_equal_actions_leave_the_policy_as_it_is(tmp_path, monkeypatch):
 
 
 def test_only_pairs_that_differ_are_counted(tmp_path, monkeypatch):
-    forge(monkeypatch, lambda e, s, n: [7, 8] + expert_ids(e, s)[-1:] if (e.task_id, s, n) == ("train-3", 1, 1)
+    wrong = S.some(envs.make_env("household").splits["train"], 6)[3]
+    forge(monkeypatch, lambda e, s, n: [7, 8] + expert_ids(e, s)[-1:] if (e.task_id, s, n) == (wrong, 1, 1)
           else expert_ids(e, s))
     out = run(tmp_path / "x", *QUIET, "--iterations", "1")
     [row], [step] = metrics(out, "inspect"), metrics(out, "implicit")
-    assert row["pairs_kept"] == 1 and json.loads((out / "iter_1" / "batches.json").read_text()) == [[3]]
+    assert row["pairs_kept"] == 1 and json.loads((out / "iter_1" / "batches.json").read_text()) == [[wrong]]
     assert step["dpo_loss"] == pytest.approx(math.log(2), abs=1e-5) and step["trajectories"] == 1
     assert step["margin"] == pytest.approx(0, abs=1e-4)
     rows = [json.loads(line) for line in (out / "iter_1" / "practice.jsonl").read_text().splitlines()]
-    assert [(r["task"], r["step"], r["differs"]) for r in rows if any(r["differs"])] == [("train-3", 1, [False, True])]
+    assert [(r["task"], r["step"], r["differs"]) for r in rows if any(r["differs"])] == [(wrong, 1, [False, True])]
 
 
 def judged(out, i=1):
@@ -417,11 +425,15 @@ def test_sft_plus_takes_the_updates_of_the_run_it_is_matched_to(tmp_path, monkey
 
     def recording(self, name, i, batches, *rest):
         taken.append((name, i, batches))
+        task_ids[:] = [item.task_id for item in self.data]
         train(self, name, i, batches, *rest)
 
+    task_ids = []
     monkeypatch.setattr(S.Learner, "_train", recording)
     second = run(tmp_path / "b", *QUIET, "--method", "sft+", "--init", str(first / "sft" / "policy"), "--match", str(first))
-    assert taken == [("sft+", i, json.loads((first / f"iter_{i}" / "batches.json").read_text())) for i in (1, 2)]
+    for name, i, batches in taken:
+        matched = json.loads((first / f"iter_{i}" / "batches.json").read_text())
+        assert name == "sft+" and [[task_ids[j] for j in batch] for batch in batches] == matched
     assert all(batches for *_, batches in taken)
     assert [row["trajectories"] for row in metrics(second, "sft+")] == [row["trajectories"] for row in metrics(first, "implicit")]
 
@@ -462,7 +474,7 @@ def test_sft_is_adamw_on_the_naive_loss(tmp_path, monkeypatch):
     out = run(tmp_path / "x", *QUIET, "--method", "sft", "--micro-tokens", "400")
     model = S.LlamaForCausalLM.from_pretrained(out / "base", attn_implementation="eager").double()
     tokenizer, env = S.AutoTokenizer.from_pretrained(out / "base"), envs.make_env("household", **S.env_options(MINIATURE[1]))
-    data = [encode(env.expert(f"train-{j}"), tokenizer) for j in range(6)]
+    data = [encode(env.expert(task), tokenizer) for task in S.some(env.splits["train"], 6)]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for batch, row in zip(taken, metrics(out, "sft"), strict=True):
         logps = torch.cat([naive.token_logps(model, *pair) for pair in naive.expert_pairs([data[j] for j in batch])])
