@@ -480,12 +480,14 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
     use_tree_attention(model)
     finished: list[Trajectory] = []
     for i in range(0, len(task_ids), batch):
-        rows = [_start(env, tokenizer, task, list(prompt), seed) for task in task_ids[i:i + batch]]
-        everyone, cache = list(rows), RowCache(len(rows), model.device)
+        limit = model.config.max_position_embeddings
+        rows = [_start(env, tokenizer, limit, task, list(prompt), seed) for task in task_ids[i:i + batch]]
+        everyone, rows = rows, [row for row in rows if not row.done]
+        cache = RowCache(len(rows), model.device)
         with ThreadPoolExecutor(8) as pool:
             while rows:
                 actions = _write_actions(model, rows, cache, temperature, max_new_tokens, stop_ids(tokenizer))
-                list(pool.map(lambda pair: _answer(env, tokenizer, model.config.max_position_embeddings, *pair), zip(rows, actions)))
+                list(pool.map(lambda pair: _answer(env, tokenizer, limit, *pair), zip(rows, actions)))
                 alive = [j for j, row in enumerate(rows) if not row.done]
                 progress(len(rows) - len(alive))
                 if len(alive) < len(rows):
@@ -495,10 +497,17 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
     return finished
 
 
-def _start(env, tokenizer, task: str, prompt: list[dict], seed: int) -> _Row:
+def _start(env, tokenizer, limit: int, task: str, prompt: list[dict], seed: int) -> _Row:
     episode, observation = env.start(task)
     generator = torch.Generator().manual_seed(stable_seed(seed, task))
-    return _Row(episode, Trajectory(task, prompt), observation, generator, prompt_ids(tokenizer, prompt, observation))
+    row = _Row(episode, Trajectory(task, prompt, info={"invalid": 0}), observation, generator,
+               prompt_ids(tokenizer, prompt, observation))
+    if len(row.pending) >= limit:                                        # over before it began
+        row.done = row.trajectory.truncated = True
+        row.trajectory.info["outgrown"] = 1
+        if hasattr(episode, "close"):
+            episode.close()
+    return row
 
 
 def stable_seed(*parts) -> int:

@@ -1,7 +1,7 @@
 """StepAgent: LLM agent policy optimisation via step-wise reinforcement learning (WWW '25), from scratch.
 
     python stepagent.py --env household --model tiny --method stepagent-implicit --out runs/x
-    torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model meta-llama/Meta-Llama-3-8B-Instruct \\
+    torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model HuggingFaceTB/SmolLM2-1.7B-Instruct \\
              --method stepagent-inverse --out runs/y
 
 `main` is Algorithm 1. The same command again continues after the last finished phase. Where the paper is silent or contradicts
@@ -332,7 +332,9 @@ class Learner:
                                           p.ref_leaves[n].to(place.device), c.beta, pairs)       # eq. 6
             nll, more = losses.sft_loss(scores.trunk_tokens, torch.ones_like(scores.trunk_tokens),
                                         sum(e - s for j in batch for s, e in self.data[j].spans))
-            return total + c.dpo_nll * nll, info | more
+            every = sum(len(self._own(p, j, False)) for j in batch)
+            more["accuracy_all"] = info["accuracy"] * pairs / every                # a pair of equal actions has margin 0: not won
+            return total + c.dpo_nll * nll if c.dpo_nll else total, info | more
 
         batches = self._batches("implicit", i, lambda j: len(self._own(p, j, True)), skip_empty=c.dpo_nll == 0)
         self._reflect("implicit", i, batches, loss, lambda j: self._own(p, j, True), p)
@@ -553,7 +555,7 @@ def episode_figures(episodes: list[Trajectory], env) -> dict:
     by_type = defaultdict(list)
     for t, won in zip(episodes, success):
         by_type[env.task_type(t.task_id)].append(won)
-    turns = sum(len(t.steps) for t in episodes)
+    turns = max(1, sum(len(t.steps) for t in episodes))
     return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
             "reward_interval": bootstrap(reward), "tasks": len(episodes), "steps": turns / len(episodes),
             "invalid": sum(t.info["invalid"] for t in episodes) / turns, "truncated": sum(t.truncated for t in episodes),

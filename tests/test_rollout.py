@@ -382,6 +382,13 @@ def test_an_episode_that_outgrows_the_context_ends_as_truncated():
     assert all(t.truncated == bool(t.info.get("outgrown")) for t in played)              # 40 turns do not fit in 150 tokens
 
 
+def test_a_prompt_longer_than_the_context_ends_before_it_begins():
+    model, tokenizer = talker(context=150)
+    prompt = [{"role": "user", "content": "mug " * 400}, {"role": "assistant", "content": "OK"}]
+    played = run_episodes(model, tokenizer, Parrot(turns=3), TASKS, prompt=prompt, max_new_tokens=5)
+    assert len(played) == len(TASKS) and all(t.truncated and not t.steps and t.info["outgrown"] for t in played)
+
+
 def test_the_step_limit_truncates():
     model, tokenizer = talker()
     played = run_episodes(model, tokenizer, Parrot(turns=2), TASKS, max_new_tokens=5)
