@@ -238,7 +238,7 @@ class Packed:
 @dataclass
 class Scores:
     """What one forward pass over trunks and leaves gives. S expert steps in order, N leaves in order, d hidden size.
-    Log-probs and entropies are in nats, fp32, differentiable; per-token values are flat, cut by the lengths."""
+    Log-probs and entropies are in nats, fp32, log-probs differentiable; per-token values are flat, cut by the lengths."""
     trunk: Tensor                                    # [S] summed log-prob of each expert action
     leaves: Tensor                                   # [N] summed log-prob of each practice action
     trunk_tokens: Tensor                             # [sum of trunk_lengths] log-prob of each expert token
@@ -252,9 +252,11 @@ class Scores:
     leaf_hidden: Tensor                              # [N, d] at the practice action's last token
 
 
-def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tuple[int, list[int]]]] | None = None) -> Scores:
+def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tuple[int, list[int]]]] | None = None,
+          entropy_grad: bool = False) -> Scores:
     """Log-probs of all expert actions and all leaves in ONE forward pass (module docstring). leaves[j] = [(step index, token ids)]
-    of trajectory j, in any order; Scores.leaves keeps that order. Memory: the caller chooses how many trajectories share a pass."""
+    of trajectory j, in any order; Scores.leaves keeps that order. Memory: the caller chooses how many trajectories share a pass.
+    entropy_grad: entropies are differentiable, too (an entropy bonus wants that; its graph is as large as the logits)."""
     use_tree_attention(model)
     leaves = leaves if leaves is not None else [[] for _ in encoded]
     assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} lists of leaves"
@@ -287,7 +289,7 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     both = rows["trunk"] + rows["leaf"]
     select = torch.tensor([r for predict, _ in both for r in predict], device=device)
     targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
-    logps, entropies = _head(model, hidden[select], targets)
+    logps, entropies = _head(model, hidden[select], targets, entropy_grad)
     lengths = [len(tokens) for _, tokens in both]
     owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
     sums = logps.new_zeros(len(both)).index_add(0, owner, logps)
@@ -297,12 +299,13 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
                   at["state"], at["trunk"], at["leaf"])
 
 
-def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, entropy_grad: bool = True,
+          chunk: int = 2048) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [N] of targets [N] at hidden [N, d], in chunks: N x V logits never exist at once, and with more
     than one chunk they are computed again in the backward pass."""
     def part(h, t):
         logits = model.lm_head(h)
-        return token_logps(logits, t), entropy(logits)
+        return token_logps(logits, t), entropy(logits if entropy_grad else logits.detach())
     again = torch.is_grad_enabled() and len(targets) > chunk
     parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]

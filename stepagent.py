@@ -308,12 +308,12 @@ class Learner:
         mine = range(a * k, (a + len(self.data[j].spans)) * k)
         return [n for n in mine if p.kept[n]] if only_kept else list(mine)
 
-    def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool):
+    def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool, entropy_grad: bool = False):
         """One forward pass. -> scores, leaf numbers [N], expert step numbers [N], and these steps' places in scores.trunk [N]."""
         k, device = self.run.config.practice, self.run.device
         own = {j: self._own(p, j, only_kept) for j in micro}
         leaves = [[(n // k - self.first_step[j], p.leaves[n]) for n in own[j]] for j in micro]
-        scores = score(self.policy, [self.data[j] for j in micro], leaves)
+        scores = score(self.policy, [self.data[j] for j in micro], leaves, entropy_grad)
         offsets = np.cumsum([0] + [len(self.data[j].spans) for j in micro]).tolist()
         place = [offsets[m] + s for m in range(len(micro)) for s, _ in leaves[m]]
         numbers = torch.tensor([n for j in micro for n in own[j]], dtype=torch.long)
@@ -381,7 +381,7 @@ class Learner:
         advantage = losses.whiten((reward - others).flatten())                                           # [N]
 
         def loss(micro, batch):
-            scores, n, _ = self._score_leaves(p, micro, only_kept=False)
+            scores, n, _ = self._score_leaves(p, micro, only_kept=False, entropy_grad=True)
             lengths = torch.tensor([len(p.leaves[x]) for x in n.tolist()])
             tokens = sum(len(p.leaves[x]) for j in batch for x in self._own(p, j, False))
             old = torch.cat([p.old_tokens[x] for x in n.tolist()]).to(scores.leaf_tokens.device)
@@ -413,7 +413,8 @@ class Learner:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
         for step, batch in enumerate(run.bar(batches, f"iteration {i}: {name}" if i else name)):
             info, started = defaultdict(float), time.time()
-            for micro in self._groups(batch[run.rank::run.world], tokens or self._tokens, c.micro_tokens):
+            mine = sorted(batch, key=tokens or self._tokens)[run.rank::run.world] if run.world > 1 else batch      # even shares
+            for micro in self._groups(mine, tokens or self._tokens, c.micro_tokens):
                 with run.autocast():
                     loss, figures = loss_of(micro, batch)
                 loss.backward()
