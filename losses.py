@@ -102,6 +102,7 @@ def value_loss(values: Tensor, returns: Tensor, count: float | None = None) -> t
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || ref) for each token sampled from pi; never negative. [..], [..] -> [..]."""
+    """Schulman's k3 estimate of KL(pi || ref) for each token sampled from pi; never negative. [..], [..] -> [..].
+    On practice tokens, sampled from ref itself, it is exact in mean only while pi is still near ref."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio

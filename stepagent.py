@@ -41,27 +41,23 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import losses
 from envs import load_trajectories, make_env, parse_action, prompt_messages
+from parallel import Run, read_text, write_tensors, write_text
 from rollout import Encoded, InputError, Trajectory, encode, practice, run_episodes, score, stable_seed, stop_ids, use_tree_attention
 
 METHODS = ("base", "sft", "sft+", "stepagent-implicit", "stepagent-inverse")
@@ -134,9 +130,9 @@ def main(config: Config) -> None:
     learner = Learner(run, env, prompt, policy, tokenizer, experts, data)
 
     if config.method != "base" and not config.init:
-        run.phase("sft", learner.imitate)                                                        # eq. 2-3: pi_theta_0
+        run.phase("sft", learner.imitate)                                                        # line 2: pi_theta_0, eq. 2-3
     run.phase("eval_0", learner.evaluate, "eval_0", config.eval_each)
-    for i in range(1, run.iterations + 1):                                                       # line 5
+    for i in range(1, run.iterations + 1):                                                       # line 5 (none for base, sft)
         if config.method == "sft+":
             run.phase(f"sft_plus_{i}", learner.imitate_more, i)                                  # the control: eq. 3 goes on
         else:
@@ -144,11 +140,11 @@ def main(config: Config) -> None:
         if config.method == "stepagent-implicit":
             run.phase(f"reflect_{i}", learner.reflect_implicit, i)                               # eq. 6
         if config.method == "stepagent-inverse":
-            run.phase(f"discriminate_{i}", learner.discriminate, i)                              # lines 10-11, eq. 11
+            run.phase(f"discriminate_{i}", learner.discriminate, i)                              # lines 10-11, eq. 11, reading 2
             run.phase(f"reflect_{i}", learner.reflect_inverse, i)                                # line 12, eq. 8
         run.phase(f"eval_{i}", learner.evaluate, f"eval_{i}", config.eval_each)
     run.phase("eval_final", learner.evaluate, "final", config.eval_splits)
-    run.phase("policy", learner.save, "policy")                                                  # line 3: final policy
+    run.phase("policy", learner.save, "policy")                                                  # line 3, the output
     run.finish()
 
 
@@ -212,7 +208,7 @@ class Learner:
         c = self.run.config
         if c.match:
             number = {item.task_id: j for j, item in enumerate(self.data)}
-            batches = [[number[task] for task in batch] for batch in json.loads(_read(Path(c.match, f"iter_{i}/batches.json")))]
+            batches = [[number[task] for task in batch] for batch in json.loads(read_text(Path(c.match, f"iter_{i}/batches.json")))]
         else:
             batches = self._batches("sft+", i, lambda j: len(self.data[j].spans) * c.practice)
         self._train("sft+", i, batches, self._nll, self._falling(i, len(batches)))
@@ -252,7 +248,7 @@ class Learner:
         flat["leaves"] = torch.tensor([t for row in rows for _, ids in row["leaves"] for t in ids])
         flat["lengths"] = torch.tensor([len(ids) for row in rows for _, ids in row["leaves"]])
         if run.rank == 0:
-            _write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
+            write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
             self._write_practice(i)
         run.log("inspect", i, 0, **figures)
 
@@ -293,7 +289,7 @@ class Learner:
                     row |= {"expert_log_d": round(log_d_expert[n].item(), 4),
                             "practice_log_d": [round(x, 4) for x in log_d[n * k:(n + 1) * k].tolist()]}
                 lines.append(json.dumps(row, ensure_ascii=False))
-        _write(self.run.path(f"iter_{i}/practice.jsonl"), "\n".join(lines) + "\n")
+        write_text(self.run.path(f"iter_{i}/practice.jsonl"), "\n".join(lines) + "\n")
 
     def load_practice(self, i: int) -> Practice:
         """Always from disk, so that a run that was killed here and one that was not go on from the same bits."""
@@ -366,9 +362,9 @@ class Learner:
                     out[mask] = losses.step_reward(d(x[mask]))
                 auc.append(area_under_curve(d(expert[test]), d(agent[test.repeat_interleave(k)])))
             if run.rank == 0:
-                _write_tensors(run.path(f"iter_{i}/discriminator_{fold}.safetensors"), d.state_dict())
+                write_tensors(run.path(f"iter_{i}/discriminator_{fold}.safetensors"), d.state_dict())
         if run.rank == 0:
-            _write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
+            write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
             self._write_practice(i, log_d, log_d_expert)
         run.log("discriminate", i, 0, d_auc=float(np.mean(auc)), log_d_expert=log_d_expert.mean().item(),
                 log_d_agent=log_d.mean().item(), **figures)
@@ -402,7 +398,7 @@ class Learner:
         self._train(name, i, batches, loss, self._falling(i, len(batches)),
                     lambda j: self._tokens(j, [(0, p.leaves[n]) for n in own(j)]))
         if self.run.rank == 0:
-            _write(self.run.path(f"iter_{i}/batches.json"), json.dumps([[self.data[j].task_id for j in b] for b in batches]))
+            write_text(self.run.path(f"iter_{i}/batches.json"), json.dumps([[self.data[j].task_id for j in b] for b in batches]))
         self.save(f"iter_{i}/policy")
 
     def _train(self, name: str, i: int, batches: list[list[int]], loss_of, rate, tokens=None):
@@ -424,7 +420,7 @@ class Learner:
             norm = nn.utils.clip_grad_norm_(policy.parameters(), c.grad_norm).item()
             if not math.isfinite(norm) or not all(math.isfinite(x) for x in info.values()):
                 if run.rank == 0:
-                    _write(run.path("failed_batch.json"), json.dumps({
+                    write_text(run.path("failed_batch.json"), json.dumps({
                         "phase": name, "iteration": i, "step": step, "figures": {k: str(x) for k, x in info.items()},
                         "grad_norm": str(norm), "tasks": [self.data[j].task_id for j in batch]}))
                 raise InputError(f"{name}, iteration {i}, update {step}: loss or gradient is not finite; batch saved in "
@@ -486,7 +482,7 @@ class Learner:
             byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
             episodes = [byid[task] for task in tasks]
             if run.rank == 0:
-                _write(run.path(f"eval/{name}_{split}.jsonl"), "".join(json.dumps({
+                write_text(run.path(f"eval/{name}_{split}.jsonl"), "".join(json.dumps({
                     "task_id": t.task_id, "task_type": self.env.task_type(t.task_id), "reward": t.reward, "truncated": t.truncated,
                     **t.info, "steps": [{"observation": s.observation, "action": s.action} for s in t.steps]},
                     ensure_ascii=False) + "\n" for t in episodes))
@@ -660,169 +656,6 @@ def encode_experts(run: Run, experts: list[Trajectory], tokenizer, policy) -> li
     return data
 
 
-# ============================================================================================== run directory and ranks
-
-class Run:
-    """The run directory with its cursor, and this process's place among the ranks of torchrun."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)                                     # gathering objects uses the current device
-        if "RANK" in os.environ and not dist.is_initialized():                     # ranks with less to play wait for the others
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=self.device if cuda else None)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.iterations = config.iterations if config.iterations >= 0 else 7 if config.method == "stepagent-inverse" else 3
-        if config.method in ("base", "sft"):
-            self.iterations = 0
-        if config.method == "stepagent-inverse" and config.temperature != 1:
-            raise InputError(f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
-        if config.match:
-            other = json.loads(_read(Path(config.match, "config.json")))["config"]
-            same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
-            if wrong := [k for k in same if other[k] != getattr(config, k)]:
-                raise InputError(f"--match {config.match}: its --{wrong[0].replace('_', '-')} is {other[wrong[0]]!r}, not "
-                                 f"{getattr(config, wrong[0])!r}; give this run the same")
-        self.out = Path(config.out)
-        self.state = {"done": [], "policy": "", "log_bytes": 0}
-        self._open_directory()
-        self.barrier()
-
-    def _open_directory(self):
-        wanted = dataclasses.asdict(self.config)
-        if self.path("state.json").exists():
-            self.state = json.loads(_read(self.path("state.json")))
-            found = json.loads(_read(self.path("config.json")))["config"]
-            other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k != "out" and found.get(k) != v]
-            if other:
-                raise InputError(f"{self.out} holds a run with another configuration ({', '.join(other)}); give another --out")
-        self.barrier()
-        if self.rank == 0:
-            if not self.state["done"]:                                             # nothing to lose: an earlier start failed early
-                shutil.rmtree(self.path("base"), ignore_errors=True)
-                _write(self.path("config.json"), json.dumps({"config": wanted, "versions": {
-                    "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-                    "commit": _commit(), "ranks": self.world}, indent=2))
-            metrics = self.path("metrics.jsonl")
-            metrics.touch()
-            os.truncate(metrics, min(self.state["log_bytes"], metrics.stat().st_size))   # lines of the phase that was cut off
-            self.metrics = open(metrics, "a", encoding="utf-8")
-
-    def path(self, name: str) -> Path:
-        return self.out / name
-
-    def phase(self, name: str, work, *args) -> None:
-        """Once per run directory: does the work unless the cursor says that an earlier start finished it. All randomness is seeded
-        by what is drawn, and every phase makes its own optimizer, so the cursor and the last policy are all there is to restore."""
-        if name in self.state["done"]:
-            return
-        work(*args)
-        self.barrier()
-        self.state["done"].append(name)
-        if self.rank == 0:
-            self.metrics.flush()
-            os.fsync(self.metrics.fileno())
-            self.state["log_bytes"] = self.metrics.tell()
-            _write(self.path("state.json"), json.dumps(self.state))
-            old = sorted(self.out.glob("iter_*/policy"), key=lambda p: int(p.parent.name[5:]))[:-2]
-            for folder in old:
-                shutil.rmtree(folder)
-        self.barrier()
-
-    def log(self, phase: str, iteration: int, step: int, **figures) -> None:
-        if self.rank == 0:
-            self.metrics.write(json.dumps({"phase": phase, "iteration": iteration, "step": step, "time": time.time(), **figures}) + "\n")
-            self.metrics.flush()
-            if phase in ("inspect", "discriminate", "eval"):
-                show = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if not isinstance(v, (dict, list))}
-                tqdm.write(f"{phase} {iteration}: " + "  ".join(f"{k} {v}" for k, v in show.items()))
-
-    def finish(self):
-        """report.md: the final figures, and the path to them."""
-        if self.rank == 0:
-            rows = [json.loads(line) for line in _read(self.path("metrics.jsonl")).splitlines()]
-            lines = [f"# {self.config.method} on {self.config.env}, {self.config.model}, seed {self.config.seed}", "",
-                     "| evaluated | split | tasks | success | 95% interval | mean reward | turns | invalid |", "|---|---|---|---|---|---|---|---|"]
-            for r in rows:
-                if r["phase"] == "eval":
-                    a, b = r["success_interval"]
-                    lines.append(f"| {r['name']} | {r['split']} | {r['tasks']} | {r['success']:.1%} | {a:.1%} - {b:.1%} | {r['reward']:.3f} "
-                                 f"| {r['steps']:.1f} | {r['invalid']:.1%} |")
-            lines += ["", "| iteration | match_text | match_action | pairs kept |", "|---|---|---|---|"]
-            lines += [f"| {r['iteration']} | {r['match_text']:.1%} | {r['match_action']:.1%} | {r['pairs_kept']} |"
-                      for r in rows if r["phase"] == "inspect"]
-            _write(self.path("report.md"), "\n".join(lines) + "\n")
-            self.metrics.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    # ---- ranks
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
-
-    def bar(self, what, label: str):
-        size = {"total": what} if isinstance(what, int) else {"iterable": what}
-        return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def gather(self, part: dict) -> list[dict]:
-        """Every rank's part, on every rank."""
-        if self.world == 1:
-            return [part]
-        parts = [None] * self.world
-        dist.all_gather_object(parts, part)
-        return parts
-
-    def sum_gradients(self, model: nn.Module, info: dict[str, float]) -> dict[str, float]:
-        """Adds up gradients and figures over ranks: both were divided by global counts, so the sum is the whole batch's."""
-        if self.world == 1:
-            return info
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-        total = defaultdict(float)
-        for part in self.gather(dict(info)):
-            for key, x in part.items():
-                total[key] += x
-        return total
-
-
-def _read(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Atomic: the file is whole, or what it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
-    os.replace(beside, path)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 # ============================================================================================================ command line
 
 def _boolean(text: str) -> bool:
@@ -837,7 +670,8 @@ def parse(argv: list[str] | None = None) -> Config:
     for f in dataclasses.fields(Config):
         kind = {"int": int, "float": float, "str": str, "bool": _boolean}[f.type]
         tiny = f"; tiny: {f.metadata['tiny']}" if f.metadata["tiny"] != f.default else ""
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"], metavar=f.type.upper(),
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"],
+                            metavar=None if f.metadata["choices"] else f.type.upper(),
                             help=f"{f.metadata['help']} (default: {f.default!r}{tiny})".replace("%", "%%"))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     tiny = Path(given.get("model", Config.model)).name.startswith("tiny")

@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--out", default="", help="also write the table there, as Markdown")
     args = parser.parse_args()
     runs = {label: paths.split(",") for label, _, paths in (r.partition("=") for r in args.runs)}
+    if args.to not in runs:
+        sys.exit(f"error: no run has the label {args.to!r}; give --to one of: {', '.join(runs)}")
     splits = args.splits.split(",")
     got = {s: rewards(runs, s) for s in splits}
     success = {(label, s): (got[s][label] >= 1).astype(float) for label in runs for s in splits}

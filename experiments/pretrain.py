@@ -1,8 +1,10 @@
 """Pretrains the small base model that the household's main job starts from, on text of random play: no expert, no thought, no
 task solved on purpose. It stands in for what a real language model brings along: copying names, remembering what was seen, what
-follows from an action. Only its tokenizer knows the expert's words (weights never see them).
+follows from an action. The expert's words are in its tokenizer's vocabulary; no text of the expert is trained on.
 
-    python experiments/pretrain.py --out models/tiny-household --minutes 20
+    python experiments/pretrain.py --out runs/tiny-household        # then: stepagent.py --model runs/tiny-household
+
+The committed models/tiny-household was made by it in 18 minutes of one core; as the budget is time, another machine makes other weights.
 """
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from envs import CLOSED, OBJECTS, STATION, TASK_TYPES, House, HouseholdEpisode, kind, make_env  # noqa: E402
+from envs import OBJECTS, STATION, TASK_TYPES, House, HouseholdEpisode, kind, make_env  # noqa: E402
 from rollout import Encoded, Step, Trajectory, encode, score  # noqa: E402
 from stepagent import make_tiny  # noqa: E402
 
@@ -73,11 +75,13 @@ def random_play(env, seed: str, turns: int = 12) -> Trajectory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="models/tiny-household")
-    parser.add_argument("--minutes", type=float, default=20, help="of training on one core; the rate falls to zero over them")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--out", required=True, help="a new folder; let its name begin with tiny")
+    parser.add_argument("--minutes", type=float, default=18, help="of training on one core (default: 18); the rate falls to zero over them")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
+    parser.add_argument("--batch", type=int, default=12, help="episodes per update (default: 12)")
     args = parser.parse_args()
+    if Path(args.out).exists():
+        sys.exit(f"error: {args.out} exists; give another --out")
     logging.set_verbosity_error()
     env = make_env("household")
     make_tiny([env.expert(t) for t in env.splits["train"][:2000]], Path(args.out), seed=0)       # random weights, tokenizer

@@ -1,9 +1,6 @@
 """Command line, data flow, training loop, resume and ranks, on miniatures that take seconds."""
-import copy
 import json
 import math
-import os
-import shutil
 import socket
 import subprocess
 import sys

@@ -1,0 +1,186 @@
+"""Where a run lives and who takes part: the run directory with its cursor, logs and atomic writes, and the ranks of torchrun.
+
+Nothing here belongs to the method; stepagent.py is where Algorithm 1 is.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rollout import InputError
+
+
+class Run:
+    """The run directory with its cursor, and this process's place among the ranks of torchrun."""
+
+    def __init__(self, config):
+        self.config = config
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)                                     # gathering objects uses the current device
+        if "RANK" in os.environ and not dist.is_initialized():                     # ranks with less to play wait for the others
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=self.device if cuda else None)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.iterations = config.iterations if config.iterations >= 0 else 7 if config.method == "stepagent-inverse" else 3
+        if config.method in ("base", "sft"):
+            self.iterations = 0
+        if config.method == "stepagent-inverse" and config.temperature != 1:
+            raise InputError(f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
+        if config.match:
+            other = json.loads(read_text(Path(config.match, "config.json")))["config"]
+            same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
+            if wrong := [k for k in same if other[k] != getattr(config, k)]:
+                raise InputError(f"--match {config.match}: its --{wrong[0].replace('_', '-')} is {other[wrong[0]]!r}, not "
+                                 f"{getattr(config, wrong[0])!r}; give this run the same")
+        self.out = Path(config.out)
+        self.state = {"done": [], "policy": "", "log_bytes": 0}
+        self._open_directory()
+        self.barrier()
+
+    def _open_directory(self):
+        wanted = dataclasses.asdict(self.config)
+        if self.path("state.json").exists():
+            self.state = json.loads(read_text(self.path("state.json")))
+            found = json.loads(read_text(self.path("config.json")))["config"]
+            other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k != "out" and found.get(k) != v]
+            if other:
+                raise InputError(f"{self.out} holds a run with another configuration ({', '.join(other)}); give another --out")
+        self.barrier()
+        if self.rank == 0:
+            if not self.state["done"]:                                             # nothing to lose: an earlier start failed early
+                shutil.rmtree(self.path("base"), ignore_errors=True)
+                write_text(self.path("config.json"), json.dumps({"config": wanted, "versions": {
+                    "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+                    "commit": _commit(), "ranks": self.world}, indent=2))
+            metrics = self.path("metrics.jsonl")
+            metrics.touch()
+            os.truncate(metrics, min(self.state["log_bytes"], metrics.stat().st_size))   # lines of the phase that was cut off
+            self.metrics = open(metrics, "a", encoding="utf-8")
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def phase(self, name: str, work, *args) -> None:
+        """Once per run directory: does the work unless the cursor says that an earlier start finished it. All randomness is seeded
+        by what is drawn, and every phase makes its own optimizer, so the cursor and the last policy are all there is to restore."""
+        if name in self.state["done"]:
+            return
+        work(*args)
+        self.barrier()
+        self.state["done"].append(name)
+        if self.rank == 0:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+            self.state["log_bytes"] = self.metrics.tell()
+            write_text(self.path("state.json"), json.dumps(self.state))
+            old = sorted(self.out.glob("iter_*/policy"), key=lambda p: int(p.parent.name[5:]))[:-2]
+            for folder in old:
+                shutil.rmtree(folder)
+        self.barrier()
+
+    def log(self, phase: str, iteration: int, step: int, **figures) -> None:
+        if self.rank == 0:
+            self.metrics.write(json.dumps({"phase": phase, "iteration": iteration, "step": step, "time": time.time(), **figures}) + "\n")
+            self.metrics.flush()
+            if phase in ("inspect", "discriminate", "eval"):
+                show = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items() if not isinstance(v, (dict, list))}
+                tqdm.write(f"{phase} {iteration}: " + "  ".join(f"{k} {v}" for k, v in show.items()))
+
+    def finish(self):
+        """report.md: the final figures, and the path to them."""
+        if self.rank == 0:
+            rows = [json.loads(line) for line in read_text(self.path("metrics.jsonl")).splitlines()]
+            lines = [f"# {self.config.method} on {self.config.env}, {self.config.model}, seed {self.config.seed}", "",
+                     "| evaluated | split | tasks | success | 95% interval | mean reward | turns | invalid |", "|---|---|---|---|---|---|---|---|"]
+            for r in rows:
+                if r["phase"] == "eval":
+                    a, b = r["success_interval"]
+                    lines.append(f"| {r['name']} | {r['split']} | {r['tasks']} | {r['success']:.1%} | {a:.1%} - {b:.1%} | {r['reward']:.3f} "
+                                 f"| {r['steps']:.1f} | {r['invalid']:.1%} |")
+            lines += ["", "| iteration | match_text | match_action | pairs kept |", "|---|---|---|---|"]
+            lines += [f"| {r['iteration']} | {r['match_text']:.1%} | {r['match_action']:.1%} | {r['pairs_kept']} |"
+                      for r in rows if r["phase"] == "inspect"]
+            write_text(self.path("report.md"), "\n".join(lines) + "\n")
+            self.metrics.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ---- ranks
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def bar(self, what, label: str):
+        size = {"total": what} if isinstance(what, int) else {"iterable": what}
+        return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, part: dict) -> list[dict]:
+        """Every rank's part, on every rank."""
+        if self.world == 1:
+            return [part]
+        parts = [None] * self.world
+        dist.all_gather_object(parts, part)
+        return parts
+
+    def sum_gradients(self, model: nn.Module, info: dict[str, float]) -> dict[str, float]:
+        """Adds up gradients and figures over ranks: both were divided by global counts, so the sum is the whole batch's."""
+        if self.world == 1:
+            return info
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        total = defaultdict(float)
+        for part in self.gather(dict(info)):
+            for key, x in part.items():
+                total[key] += x
+        return total
+
+
+def read_text(path: Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: the file is whole, or what it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
