@@ -65,7 +65,7 @@ def main() -> None:
     n = len(next(iter(runs.values())))
     lines = [f"Success in %, 95% intervals in brackets; {n} seed{'s' * (n > 1)}, "
              f"{', '.join(f'{success[next(iter(runs)), s].shape[1]} {s} tasks' for s in splits)}." +
-             " Three seeds make an interval over seeds a little too narrow: the difference of each seed stands beside it." * (n > 1), "",
+             " Few seeds make an interval over seeds too narrow: the difference of each seed stands beside it." * (n > 1), "",
              "| method | " + " | ".join(splits) + f" | mean reward | all tasks, minus {args.to} (paired) | by seed | updates | million tokens |",
              "|---" * (6 + len(splits)) + "|"]
     for label in runs:

@@ -1,10 +1,10 @@
-"""Pretrains the small base model that the household's main job starts from, on text of random play: no expert, no thought, no
-task solved on purpose. It stands in for what a real language model brings along: copying names, remembering what was seen, what
+"""Pretrains the small base model that the household's main job starts from, on text of random play: no expert, none of
+its thoughts, no task solved on purpose. It stands in for what a real language model brings along: copying names, remembering what was seen, what
 follows from an action. The expert's words are in its tokenizer's vocabulary; no text of the expert is trained on.
 
     python experiments/pretrain.py --out runs/tiny-household        # then: stepagent.py --model runs/tiny-household
 
-The committed models/tiny-household was made by it in 18 minutes of one core; as the budget is time, another machine makes other weights.
+The committed models/tiny-household was made by it in 18 minutes of a shared core; as the budget is time, another machine makes other weights.
 """
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table over seeds: the main job once a seed, then one table of all. usage: seeds.sh BIN [SEED...]
+# The main job once a seed, then one table over all seeds. usage: seeds.sh BIN [SEED...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1; shift

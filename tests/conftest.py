@@ -6,19 +6,9 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    """Real benchmark files, where somebody has them."""
-    folder = os.environ.get("STEPAGENT_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("STEPAGENT_DATA does not name a folder with the real benchmark files")
-    return Path(folder)
