@@ -227,7 +227,7 @@ OBJECTS = {                                                          # group, li
 }
 TASK_TYPES = ["put", "clean", "heat", "cool", "put two", "examine"]
 HELD_OUT = 0.2                                                       # test_unseen's share of each task type's combinations
-SIZES = {"train": 6000, "dev": 100, "test": 300, "test_unseen": 300}
+SIZES = {"train": 6000, "dev": 100, "dev_more": 400, "test": 300, "test_unseen": 300}     # dev_more: for tuning with less noise
 
 
 def kind(name: str) -> str:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -196,34 +197,34 @@ class Packed:
     step with leaves one call over [its prefix, its leaves]. No L x L mask unless a sliding window is shorter than the trunk."""
 
     def __init__(self, keep: bool = False):
-        self.pieces: list[tuple] = []                # ("trunk", start, end) | ("leaves", trunk start, prefix, start, lengths)
+        self.pieces: list[tuple] = []                # ("trunk", length) | ("leaves", number of the trunk's piece, prefix, lengths)
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None        # layer -> keys, values (prefill)
         self._masks: dict[tuple, Tensor] = {}        # the layers share them
 
     def attend(self, layer, q, k, v, scaling, window):
         if self.kept is not None:
             self.kept[layer] = (k, v)
+        sizes = [piece[1] if piece[0] == "trunk" else sum(piece[3]) for piece in self.pieces]
+        qs, ks, vs = (x.split(sizes, 2) for x in (q, k, v))              # not slices: the gradient of each would be a full row of zeros
         out = []
-        for piece in self.pieces:
+        for piece, q, k, v in zip(self.pieces, qs, ks, vs):
             if piece[0] == "trunk":
-                _, a, b = piece
-                mask = self._mask(piece, window, q.device) if window and b - a > window else None
-                out.append(_sdpa(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], scaling, mask, causal=mask is None))
+                mask = self._mask(piece, window, q.device) if window and piece[1] > window else None
+                out.append(_sdpa(q, k, v, scaling, mask, causal=mask is None))
             else:
-                _, t, prefix, a, lengths = piece
-                b = a + sum(lengths)
-                keys, values = (torch.cat([x[:, :, t:t + prefix], x[:, :, a:b]], 2) for x in (k, v))
-                out.append(_sdpa(q[:, :, a:b], keys, values, scaling, self._mask(piece, window, q.device)))
+                _, trunk, prefix, _ = piece
+                keys, values = (torch.cat([x[trunk][:, :, :prefix], own], 2) for x, own in ((ks, k), (vs, v)))
+                out.append(_sdpa(q, keys, values, scaling, self._mask(piece, window, q.device)))
         return torch.cat(out, 2)
 
     def _mask(self, piece, window, device) -> Tensor:
         """True where a query (row) sees a key (column)."""
         if (piece, window) not in self._masks:
             if piece[0] == "trunk":
-                q_pos = k_pos = torch.arange(piece[2] - piece[1], device=device)
+                q_pos = k_pos = torch.arange(piece[1], device=device)
                 same = True
             else:
-                _, _, prefix, _, lengths = piece
+                _, _, prefix, lengths = piece
                 q_pos = torch.cat([torch.arange(prefix, prefix + n, device=device) for n in lengths])
                 leaf = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
                 k_pos = torch.cat([torch.arange(prefix, device=device), q_pos])
@@ -265,7 +266,8 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     last: dict[str, list[int]] = {"state": [], "trunk": [], "leaf": []}
     for item, own in zip(encoded, leaves):
         t0 = len(ids)
-        tree.pieces.append(("trunk", t0, t0 + len(item.ids)))
+        trunk = len(tree.pieces)
+        tree.pieces.append(("trunk", len(item.ids)))
         ids += item.ids
         positions += range(len(item.ids))
         for start, end in item.spans:
@@ -275,7 +277,7 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
         placed: dict[int, tuple] = {}
         for step in sorted({step for step, _ in own}):                   # the leaves of a step lie side by side
             mine, start = [j for j, (s, _) in enumerate(own) if s == step], item.spans[step][0]
-            tree.pieces.append(("leaves", t0, start, len(ids), tuple(len(own[j][1]) for j in mine)))
+            tree.pieces.append(("leaves", trunk, start, tuple(len(own[j][1]) for j in mine)))
             for j in mine:
                 leaf, a = own[j][1], len(ids)
                 assert leaf, f"empty practice action at step {step} of {item.task_id}"
@@ -318,6 +320,8 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     """One token a row. logits [R, V]; temperature [R], 0 = greedy; u [R] uniform in [0, 1), the row's own random number: inverting
     the distribution function with it makes the token independent of what else is in the batch. -> [R]"""
     logits = logits.float()
+    if not (temperature > 0).any():
+        return logits.argmax(-1)
     heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
     cdf = torch.softmax(logits / heat, -1).double().cumsum(-1)
     drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -326,12 +330,26 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
 
 class LeafCache:
     """KV cache of practice: each trunk's keys and values stand once, for all its leaves; a leaf keeps its own few tokens.
-    Rows are leaves, those of one trunk side by side; all have the same number of own tokens, `length`."""
+    Rows are leaves, those of one trunk side by side; all have the same number of own tokens, `length`. Trunks are padded to the
+    longest, [N, H_kv, L, D], and the rows of each take slots 0, 1, .. beside it, so that one product serves all trunks."""
 
-    def __init__(self, trunks: dict[int, tuple[Tensor, Tensor]], bounds: list[tuple[int, int]], owner: Tensor, prefix: Tensor):
-        self.trunks = {layer: [(k[:, :, a:b], v[:, :, a:b]) for a, b in bounds] for layer, (k, v) in trunks.items()}
+    def __init__(self, trunks: dict[int, tuple[Tensor, Tensor]], lengths: list[int], owner: Tensor, prefix: Tensor):
+        pad = lambda x: pad_sequence([part[0].transpose(0, 1) for part in x.split(lengths, 2)], batch_first=True).transpose(1, 2)
+        self.trunks = {layer: tuple(pad(x) for x in trunks.pop(layer)) for layer in list(trunks)}       # frees as it goes
         self.owner, self.prefix, self.length = owner, prefix, 0          # [R] trunk of each row, [R] trunk tokens that it sees
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
+        self._seats()
+
+    def _seats(self):
+        """Numbers the trunks that still have rows, and each trunk's rows."""
+        alive, self.owner, counts = torch.unique_consecutive(self.owner, return_inverse=True, return_counts=True)
+        if len(alive) < len(next(iter(self.trunks.values()))[0]):
+            self.trunks = {layer: (k[alive], v[alive]) for layer, (k, v) in self.trunks.items()}
+        first = (counts.cumsum(0) - counts)[self.owner]
+        self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
+        limit = self.prefix.new_zeros(len(alive), self.slots)
+        limit[self.owner, self.slot] = self.prefix
+        self.limit = limit[:, None, :, None, None]                       # [N, 1, W, 1, 1] against positions [L]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:
@@ -347,33 +365,33 @@ class LeafCache:
         n, (rows, heads, _, dim) = self.length + 1, q.shape
         q = q.view(rows, k.shape[1], heads // k.shape[1], dim) * scaling                       # [R, H_kv, G, D]
         own_k, own_v = (x[:, :, max(0, n - window) if window else 0:n] for x in self.own[layer])
-        scores = (q @ own_k.transpose(2, 3)).float()                                           # [R, H_kv, G, n]
-        own_lse, own_out = scores.logsumexp(-1, keepdim=True), scores.softmax(-1).to(v.dtype) @ own_v
-        lse, out = torch.empty_like(own_lse), torch.empty_like(own_out)
-        for trunk, a, b in self._ranges():
-            keys, values = self.trunks[layer][trunk]
-            far = torch.arange(keys.shape[2], device=q.device)
-            hidden = far >= self.prefix[a:b, None]
-            if window:
-                hidden = hidden | (far <= self.prefix[a:b, None] + self.length - window)
-            flat = q[a:b].transpose(0, 1).reshape(1, k.shape[1], -1, dim)                      # [1, H_kv, rows * G, D]
-            scores = (flat @ keys.transpose(2, 3)).float().view(k.shape[1], b - a, -1, keys.shape[2])
-            scores = scores.masked_fill(hidden[:, None], -1e30)                                # finite: a row may see no trunk
-            lse[a:b] = scores.logsumexp(-1, keepdim=True).transpose(0, 1)
-            found = scores.softmax(-1).to(v.dtype).view(1, k.shape[1], -1, keys.shape[2]) @ values
-            out[a:b] = found.view(k.shape[1], b - a, -1, dim).transpose(0, 1)
+        own_out, own_lse = _weigh((q @ own_k.transpose(2, 3)).float(), own_v)                  # [R, H_kv, G, D], [R, H_kv, G, 1]
+        keys, values = self.trunks[layer]                                                      # [N, H_kv, L, D]
+        seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
+        seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
+        flat = seated.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                  # [N, H_kv, W * G, D]
+        scores = (flat @ keys.transpose(2, 3)).float().view(len(keys), k.shape[1], self.slots, -1, keys.shape[2])
+        far = torch.arange(keys.shape[2], device=q.device)
+        hidden = far >= self.limit
+        if window:
+            hidden = hidden | (far <= self.limit + self.length - window)
+        scores.masked_fill_(hidden, -1e30)                                                     # finite: a row may see no trunk
+        out, lse = _weigh(scores.flatten(2, 3), values)                                        # [N, H_kv, W * G, D]
+        out, lse = (x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.owner, self.slot] for x in (out, lse))
         share = torch.sigmoid(lse - own_lse).to(v.dtype)
         return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
-
-    def _ranges(self) -> list[tuple[int, int, int]]:
-        """(trunk, first row, end row) of the trunks that still have rows."""
-        trunks, counts = torch.unique_consecutive(self.owner, return_counts=True)
-        ends = counts.cumsum(0)
-        return list(zip(trunks.tolist(), (ends - counts).tolist(), ends.tolist()))
 
     def keep(self, rows: Tensor):
         self.owner, self.prefix = self.owner[rows], self.prefix[rows]
         self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+        self._seats()
+
+
+def _weigh(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted values, and the softmax's log-normaliser (its largest weight tells, without a second exponential).
+    [.., T, L], [.., L, D] -> [.., T, D], [.., T, 1]"""
+    weights = scores.softmax(-1)
+    return weights.to(values.dtype) @ values, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
 @torch.no_grad()
@@ -391,7 +409,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     tree, ids, positions, states, prefix, owner, noise = Packed(keep=True), [], [], [], [], [], []
     for j, (item, gen) in enumerate(zip(encoded, gens, strict=True)):    # prefill: each trunk up to its last state
         t0, end = len(ids), item.spans[-1][0]
-        tree.pieces.append(("trunk", t0, t0 + end))
+        tree.pieces.append(("trunk", end))
         ids += item.ids[:end]
         positions += range(end)
         for start, _ in item.spans:
@@ -402,7 +420,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
     hidden, noise = hidden[torch.tensor(states, device=device)], torch.cat(noise).to(device)
     heat = torch.tensor(heats * (len(states) // k), device=device)
-    cache = LeafCache(tree.kept, [piece[1:] for piece in tree.pieces], torch.tensor(owner, device=device),
+    cache = LeafCache(tree.kept, [length for _, length in tree.pieces], torch.tensor(owner, device=device),
                       torch.tensor(prefix, device=device))
 
     written = torch.zeros(len(states), max_new_tokens, dtype=torch.long, device=device)

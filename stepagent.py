@@ -81,15 +81,15 @@ class Config:
     init: str = option("", "folder of an SFT'd policy to start from, instead of running SFT")
     # expert data
     expert: str = option("", "file of expert trajectories (ETO's JSON, or our JSONL), instead of the environment's own expert")
-    experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=2000)
-    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all")
-    practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=400)
+    experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=1600)
+    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=1000)
+    practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=600)
     prompt: str = option("full", "full: instruction and one-shot example; none: a model made from scratch needs neither", tiny="none",
                          choices=("full", "none"))
     # imitation, eq. 2-3
     sft_lr: float = option(1e-5, "SFT learning rate (paper)", tiny=2e-3)
-    sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=16)
-    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=6)
+    sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=8)
+    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=8)
     warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
     # inspection, eq. 4-5
     iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=2)
@@ -97,10 +97,10 @@ class Config:
     temperature: float = option(1.0, "of practice; 0 = greedy")
     # reflection, eq. 6, 8-11
     lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=1e-4)
-    batch: int = option(16, "step pairs per update (paper)", tiny=32)
+    batch: int = option(16, "step pairs per update (paper)", tiny=64)
     epochs: int = option(1, "passes over the iteration's pairs (paper)")
-    beta: float = option(0.1, "DPO temperature beta, eq. 6")
-    dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)", tiny=20.0)
+    beta: float = option(0.1, "DPO temperature beta, eq. 6", tiny=1.0)
+    dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)")
     clip: float = option(0.2, "PPO clip range")
     ppo_passes: int = option(2, "PPO passes over the iteration's practice actions", tiny=1)
     entropy: float = option(0.01, "lambda of eq. 8, weight of the entropy bonus")
@@ -225,7 +225,7 @@ class Learner:
         """Line 7, eq. 5: K practice actions at every expert step, then one scoring pass for what later phases need of pi_i."""
         run, c, stops = self.run, self.run.config, stop_ids(self.tokenizer)
         self.policy.eval()
-        mine, shards = list(self.practised)[run.rank::run.world], {}
+        mine, shards = sorted(self.practised, key=self._tokens)[run.rank::run.world], {}        # like lengths together: less padding
         with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
             share = lambda j: max(len(self.data[j].spans) * c.practice / c.leaves, self._tokens(j) / c.micro_tokens)
             for group in self._groups(mine, share, 1):                             # within both limits

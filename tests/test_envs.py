@@ -13,7 +13,7 @@ from rollout import InputError, Step, Trajectory
 
 # sha256 over f"{house}\n{expert's play}\n" of each split (train: the first 500). They change with the generator, the
 # expert or the default difficulty; then every figure in the README must be made again.
-FROZEN = {"train": "5e2b0c10f44ba0f7", "dev": "8baba8f27a2824ed", "test": "6ab8debe3c241da2", "test_unseen": "9bae2c020520c23a"}
+FROZEN = {"train": "5e2b0c10f44ba0f7", "dev": "8baba8f27a2824ed", "dev_more": "6983d469988ef860", "test": "6ab8debe3c241da2", "test_unseen": "9bae2c020520c23a"}
 SPLITS = list(FROZEN)
 
 
@@ -57,10 +57,10 @@ def test_the_task_lists_are_frozen(env, split):
 
 
 def test_splits_are_disjoint_and_have_their_sizes(env):
-    assert {split: len(ids) for split, ids in env.splits.items()} == {"train": 6000, "dev": 100, "test": 300, "test_unseen": 300}
+    assert {split: len(ids) for split, ids in env.splits.items()} == {"train": 6000, "dev": 100, "dev_more": 400, "test": 300, "test_unseen": 300}
     houses = {split: {repr(env.house(i)) for i in env.splits[split][:600]} for split in SPLITS}
-    assert len(set().union(*env.splits.values())) == 6700
-    assert sum(map(len, houses.values())) == len(set().union(*houses.values())) == 600 + 100 + 300 + 300
+    assert len(set().union(*env.splits.values())) == 7100
+    assert sum(map(len, houses.values())) == len(set().union(*houses.values())) == 600 + 100 + 400 + 300 + 300
 
 
 def test_held_out_combinations_are_in_test_unseen_only(env):

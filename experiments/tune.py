@@ -1,0 +1,106 @@
+"""Where SFT stops rising, and each method's learning rate, on dev tasks: python experiments/tune.py [--jobs 2] [--out runs/tune]
+
+First SFT of 1, 2, 4, .. passes, each with its own schedule; then, from the SFT of 8 passes, the same grid of learning rates for
+every method. Tasks: dev and dev_more (500, none of them a train or test task), seed 0. Writes experiments/results/tune.md, .json
+and sft_converges.svg. Runs that are finished are not run again. About 80 minutes of one core.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSES = (1, 2, 4, 8, 16)                            # of SFT; main_job.sh takes 8
+RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
+METHODS = {                                          # label -> options beside the learning rate
+    "SFT+": ["--method", "sft+"],
+    "StepAgent-Implicit": ["--method", "stepagent-implicit"],
+    "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
+}
+
+
+def run(out: Path, options: list[str]) -> None:
+    command = [sys.executable, "stepagent.py", "--env", "household", "--model", "models/tiny-household", "--out", str(out), *options,
+               "--eval-each", "", "--eval-splits", "dev,dev_more"]
+    out.mkdir(parents=True, exist_ok=True)
+    print("run", out, *options, flush=True)
+    with open(out / "log.txt", "a", encoding="utf-8") as log:
+        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+            sys.exit(f"error: {out} failed; see {out / 'log.txt'}")
+
+
+def success(out: Path) -> np.ndarray:
+    """[tasks], 0 or 1."""
+    rows = [json.loads(line) for split in ("dev", "dev_more") for line in open(out / f"eval/final_{split}.jsonl", encoding="utf-8")]
+    return np.array([row["reward"] >= 1 for row in rows], dtype=float)
+
+
+def interval(x: np.ndarray) -> list[float]:
+    means = x[np.random.default_rng(0).integers(len(x), size=(2000, len(x)))].mean(1)
+    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"))
+    args = parser.parse_args()
+    out = (ROOT / args.out).resolve()
+    sft = {n: out / f"sft_{n}" for n in PASSES}
+    grid = {(label, rate): out / f"{method[1]}_{rate}" for label, method in METHODS.items() for rate in RATES}
+    start = ["--init", str(sft[8] / "policy")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda n: run(sft[n], ["--method", "sft", "--sft-epochs", str(n)]), sorted(PASSES, reverse=True)))
+        reflections = [key for key in grid if key[0] != "SFT+"]
+        list(pool.map(lambda key: run(grid[key], [*METHODS[key[0]], *start, "--lr", key[1]]), reflections))
+        match = ["--match", str(grid["StepAgent-Implicit", "1e-4"])]              # all rates see the same updates
+        list(pool.map(lambda rate: run(grid["SFT+", rate], [*METHODS["SFT+"], *start, *match, "--lr", rate]), RATES))
+
+    base = success(sft[8])
+    lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
+             "| SFT passes | updates | success |", "|---|---|---|"]
+    figures: dict = {"sft": {}, "grid": {}}
+    for n in PASSES:
+        x, updates = success(sft[n]), sum('"phase": "sft"' in line for line in open(sft[n] / "metrics.jsonl", encoding="utf-8"))
+        figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
+        lines.append(f"| {n} | {updates} | {100 * x.mean():.1f} [{100 * interval(x)[0]:.1f}, {100 * interval(x)[1]:.1f}] |")
+    lines += ["", "| from SFT of 8 passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
+    for label in METHODS:
+        cells = []
+        for rate in RATES:
+            x = success(grid[label, rate])
+            a, b = interval(x - base)
+            figures["grid"][f"{label} {rate}"] = {"success": float(x.mean()), "minus_sft": float((x - base).mean()), "interval": [a, b]}
+            cells.append(f"{100 * x.mean():.1f}: {100 * (x - base).mean():+.1f} [{100 * a:+.1f}, {100 * b:+.1f}]")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    results = ROOT / "experiments/results"
+    (results / "tune.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (results / "tune.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    plot(figures["sft"], results / "sft_converges.svg")
+    print("\n".join(lines))
+
+
+def plot(sft: dict, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    updates, mean = [s["updates"] for s in sft.values()], np.array([100 * s["success"] for s in sft.values()])
+    low, high = 100 * np.array([s["interval"] for s in sft.values()]).T
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    axes.errorbar(updates, mean, yerr=[mean - low, high - mean], marker="o", capsize=3)
+    axes.set(xscale="log", xticks=updates, xticklabels=updates, xlabel="SFT updates (a schedule of its own each)",
+             ylabel="success on 500 dev tasks, %", ylim=(0, 100))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
