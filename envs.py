@@ -606,6 +606,7 @@ class ScienceWorld:
     tasks: names to keep (a list, or text with commas), by default all; variations: at most so many for each task and split,
     evenly spread; simplification: "easy" as in ETO (one may teleport, doors are open, pots water themselves, little wiring)."""
 
+    slow = True                                                      # a step takes as long as a token: see run_episodes
     instruction = (
         "You carry out a science experiment in a house. Its rooms are the hallway, kitchen, living room, bedroom, bathroom, "
         "workshop, art studio, greenhouse, foundry and outside. You see only the room that you are in.\n"

@@ -123,6 +123,15 @@ class Run:
 
     # ---- ranks
 
+    def memory(self) -> int:
+        """Bytes of memory that this rank may call its own: its GPU's, or its share of the machine's."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        limit = Path("/sys/fs/cgroup/memory.max")                                  # of a container
+        found = limit.read_text().strip() if limit.exists() else "max"
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(machine, int(found) if found != "max" else machine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 

@@ -17,6 +17,7 @@ function that asks the `tree` it is given (a keyword argument of the model call)
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -188,6 +189,24 @@ def _forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Te
     return model.model(input_ids=ids, position_ids=positions, use_cache=False, tree=tree).last_hidden_state
 
 
+def kv_bytes(model: PreTrainedModel, width: int) -> int:
+    """Bytes of one token's keys and values in all layers, `width` bytes a number."""
+    c = model.config
+    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * dim * width
+
+
+def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
+    """Consecutive groups of at most `limit` in size together; one item may exceed it alone."""
+    groups, total = [], float("inf")
+    for item in items:
+        if total + size(item) > limit:
+            groups, total = groups + [[]], 0
+        groups[-1].append(item)
+        total += size(item)
+    return groups
+
+
 def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -196,8 +215,8 @@ class Packed:
     """Who sees whom in one packed row [trunk, leaves, trunk, leaves, ...]: per trajectory one causal call over its trunk, and per
     step with leaves one call over [its prefix, its leaves]. No L x L mask unless a sliding window is shorter than the trunk."""
 
-    def __init__(self, keep: bool = False):
-        self.pieces: list[tuple] = []                # ("trunk", length) | ("leaves", number of the trunk's piece, prefix, lengths)
+    def __init__(self, pieces: Iterable[tuple] = (), keep: bool = False):
+        self.pieces: list[tuple] = list(pieces)      # ("trunk", length) | ("leaves", number of the trunk's piece, prefix, lengths)
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None        # layer -> keys, values (prefill)
         self._masks: dict[tuple, Tensor] = {}        # the layers share them
 
@@ -302,12 +321,13 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
 
 
 def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, entropy_grad: bool = True,
-          chunk: int = 2048) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of targets [N] at hidden [N, d], in chunks: N x V logits never exist at once, and with more
-    than one chunk they are computed again in the backward pass."""
+          most: int = 2 ** 25) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of targets [N] at hidden [N, d], in chunks of at most `most` logits (128 MiB in fp32): N x V
+    of them never exist at once, and with more than one chunk they are computed again in the backward pass."""
     def part(h, t):
         logits = model.lm_head(h)
         return token_logps(logits, t), entropy(logits if entropy_grad else logits.detach())
+    chunk = max(1, most // model.config.vocab_size)
     again = torch.is_grad_enabled() and len(targets) > chunk
     parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
@@ -333,9 +353,9 @@ class LeafCache:
     Rows are leaves, those of one trunk side by side; all have the same number of own tokens, `length`. Trunks are padded to the
     longest, [N, H_kv, L, D], and the rows of each take slots 0, 1, .. beside it, so that one product serves all trunks."""
 
-    def __init__(self, trunks: dict[int, tuple[Tensor, Tensor]], lengths: list[int], owner: Tensor, prefix: Tensor):
-        pad = lambda x: pad_sequence([part[0].transpose(0, 1) for part in x.split(lengths, 2)], batch_first=True).transpose(1, 2)
-        self.trunks = {layer: tuple(pad(x) for x in trunks.pop(layer)) for layer in list(trunks)}       # frees as it goes
+    def __init__(self, trunks: dict[int, list[tuple[Tensor, Tensor]]], owner: Tensor, prefix: Tensor):
+        pad = lambda parts: pad_sequence([x.transpose(0, 1) for x in parts], batch_first=True).transpose(1, 2)
+        self.trunks = {layer: tuple(map(pad, zip(*trunks.pop(layer)))) for layer in list(trunks)}       # frees as it goes
         self.owner, self.prefix, self.length = owner, prefix, 0          # [R] trunk of each row, [R] trunk tokens that it sees
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
         self._seats()
@@ -396,36 +416,40 @@ def _weigh(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature: float | Sequence[float], max_new_tokens: int,
-             stop_ids: Iterable[int], generator: torch.Generator | list[torch.Generator] | None = None) -> list[list[list[list[int]]]]:
+             stop_ids: Iterable[int], generator: torch.Generator | list[torch.Generator] | None = None,
+             prefill_tokens: int = 8192) -> list[list[list[list[int]]]]:
     """Eq. 5, the inspection: k practice actions for every expert step, [trajectory][step][k] token ids, the stop token kept.
-    Prefills each trunk once, then decodes all leaves of all given trajectories together. temperature: one for all, or one per
-    practice action (0 = greedy). generator: one per trajectory makes the result independent of packing; CPU generators."""
+    Prefills each trunk once, several in a pass of up to prefill_tokens, then decodes all leaves of all given trajectories together.
+    temperature: one for all, or one per practice action (0 = greedy). generator: one per trajectory makes the result independent
+    of packing; CPU generators. Memory: kv_bytes(model) a token, of the trunks and of the leaves."""
     use_tree_attention(model)
     device, stops = model.device, torch.tensor(sorted(stop_ids), device=model.device)
     heats = [temperature] * k if isinstance(temperature, (int, float)) else list(temperature)
     assert len(heats) == k, f"{len(heats)} temperatures for k = {k}"
     gens = generator if isinstance(generator, list) else [generator] * len(encoded)
+    assert len(gens) == len(encoded), f"{len(gens)} generators for {len(encoded)} trajectories"
 
-    tree, ids, positions, states, prefix, owner, noise = Packed(keep=True), [], [], [], [], [], []
-    for j, (item, gen) in enumerate(zip(encoded, gens, strict=True)):    # prefill: each trunk up to its last state
-        t0, end = len(ids), item.spans[-1][0]
-        tree.pieces.append(("trunk", end))
-        ids += item.ids[:end]
-        positions += range(end)
-        for start, _ in item.spans:
-            states += [t0 + start - 1] * k
-            prefix += [start] * k
-            owner += [j] * k
-        noise.append(torch.rand(len(item.spans) * k, max_new_tokens, generator=gen, dtype=torch.float64))
-    hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
-    hidden, noise = hidden[torch.tensor(states, device=device)], torch.cat(noise).to(device)
-    heat = torch.tensor(heats * (len(states) // k), device=device)
-    cache = LeafCache(tree.kept, [length for _, length in tree.pieces], torch.tensor(owner, device=device),
-                      torch.tensor(prefix, device=device))
+    trunks, states, prefix, owner, noise = defaultdict(list), [], [], [], []
+    ends = [item.spans[-1][0] for item in encoded]                       # prefill: each trunk up to its last state
+    for group in grouped(range(len(encoded)), lambda j: ends[j], prefill_tokens):
+        tree = Packed([("trunk", ends[j]) for j in group], keep=True)
+        ids = torch.tensor([[token for j in group for token in encoded[j].ids[:ends[j]]]], device=device)
+        hidden = _forward(model, ids, torch.tensor([[t for j in group for t in range(ends[j])]], device=device), tree)[0]
+        for j, of_trunk in zip(group, hidden.split([ends[j] for j in group])):
+            starts = [start for start, _ in encoded[j].spans for _ in range(k)]
+            states.append(of_trunk[torch.tensor(starts, device=device) - 1])
+            prefix += starts
+            owner += [j] * len(starts)
+            noise.append(torch.rand(len(starts), max_new_tokens, generator=gens[j], dtype=torch.float64))
+        for layer, kv in tree.kept.items():
+            trunks[layer] += zip(*(x[0].split([ends[j] for j in group], 1) for x in kv))
+    hidden, noise = torch.cat(states), torch.cat(noise).to(device)
+    heat = torch.tensor(heats * (len(hidden) // k), device=device)
+    cache = LeafCache(trunks, torch.tensor(owner, device=device), torch.tensor(prefix, device=device))
 
-    written = torch.zeros(len(states), max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.full((len(states),), max_new_tokens, device=device)
-    rows = torch.arange(len(states), device=device)                      # leaves still in the batch
+    written = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.full((len(hidden),), max_new_tokens, device=device)
+    rows = torch.arange(len(hidden), device=device)                      # leaves still in the batch
     for t in range(max_new_tokens):                                      # decode
         token = sample(model.lm_head(hidden), heat[rows], noise[rows, t])
         written[rows, t] = token
@@ -446,32 +470,36 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
 # ------------------------------------------------------------------------------------------------------------------- episodes
 
 class RowCache:
-    """KV cache of episodes, kept across turns: row r holds lengths[r] tokens, and may get several new ones in one call."""
+    """KV cache of episodes, kept across turns: row r holds lengths[r] tokens, and may get several new ones in one call. A row whose
+    length is set to 0 is as good as new."""
 
     def __init__(self, rows: int, device):
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
 
-    def begin(self, width: int):
-        """Announce `width` new tokens a row; -> their positions [R, width]."""
-        self.positions = self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
-        self.end = int(self.lengths.max()) + width
-        self.row = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+    def begin(self, width: int, rows: Tensor | None = None):
+        """Announce `width` new tokens for each of these rows (None: all of them); -> their positions [R, width]."""
+        self.rows, lengths = rows, self.lengths if rows is None else self.lengths[rows]
+        self.positions = lengths[:, None] + torch.arange(width, device=lengths.device)
+        self.end = int(lengths.max()) + width
+        self.row = (torch.arange(len(lengths), device=lengths.device) if rows is None else rows)[:, None]
         return self.positions
 
     def attend(self, layer, q, k, v, scaling, window):
-        held = self.own.get(layer, (k[:, :, :0], v[:, :, :0]))
-        if held[0].shape[2] < self.end:
-            room = max(128, self.end, 3 * held[0].shape[2] // 2) - held[0].shape[2]
-            held = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], 2) for x in held)
-            self.own[layer] = held
-        for buffer, x in zip(held, (k, v)):
+        if layer not in self.own:
+            self.own[layer] = tuple(x.new_empty(len(self.lengths), x.shape[1], 0, x.shape[3]) for x in (k, v))
+        if self.own[layer][0].shape[2] < self.end:
+            capacity = self.own[layer][0].shape[2]
+            room = max(128, self.end, 3 * capacity // 2) - capacity
+            self.own[layer] = tuple(F.pad(x, (0, 0, 0, room)) for x in self.own[layer])
+        for buffer, x in zip(self.own[layer], (k, v)):
             buffer[self.row, :, self.positions] = x.transpose(1, 2)      # a short row's padding is overwritten by its next tokens
+        keys, values = (x[:, :, :self.end] if self.rows is None else x[self.rows, :, :self.end] for x in self.own[layer])
         far = torch.arange(self.end, device=q.device)
         mask = far <= self.positions[..., None]
         if window:
             mask &= far > self.positions[..., None] - window
-        return _sdpa(q, held[0][:, :, :self.end], held[1][:, :, :self.end], scaling, mask[:, None])
+        return _sdpa(q, keys, values, scaling, mask[:, None])
 
     def keep(self, rows: Tensor):
         self.lengths = self.lengths[rows]
@@ -497,25 +525,55 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
                  progress: Callable[[int], object] = lambda n: None) -> list[Trajectory]:
     """Plays the tasks, `batch` worlds at once, and returns their trajectories in order, sampled ids kept, info["invalid"] =
     number of invalid actions. Greedy at temperature 0; otherwise seeded by (seed, task), whatever shares the batch. An episode
-    that outgrows the model's context ends as truncated. progress(n) is called as n more tasks end."""
+    that outgrows the model's context ends as truncated. progress(n) is called as n more tasks end.
+
+    The worlds of a slow environment (env.slow) are two halves: one half's worlds answer while the other half's agents write.
+    Who shares a batch with whom follows from the episodes alone, not from timing, so that a repetition gives the same bits."""
     use_tree_attention(model)
-    finished: list[Trajectory] = []
-    for i in range(0, len(task_ids), batch):
-        limit = model.config.max_position_embeddings
-        rows = [_start(env, tokenizer, limit, task, list(prompt), seed) for task in task_ids[i:i + batch]]
-        everyone, rows = rows, [row for row in rows if not row.done]
-        cache = RowCache(len(rows), model.device)
-        with ThreadPoolExecutor(8) as pool:
-            while rows:
-                actions = _write_actions(model, rows, cache, temperature, max_new_tokens, stop_ids(tokenizer))
-                list(pool.map(lambda pair: _answer(env, tokenizer, limit, *pair), zip(rows, actions)))
-                alive = [j for j, row in enumerate(rows) if not row.done]
-                progress(len(rows) - len(alive))
-                if len(alive) < len(rows):
-                    cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
-                    rows = [rows[j] for j in alive]
-        finished += [row.trajectory for row in everyone]
-    return finished
+    limit, stops, waiting, halves = model.config.max_position_embeddings, stop_ids(tokenizer), list(task_ids), []
+    finished: dict[str, Trajectory] = {}
+    with ThreadPoolExecutor(8) as pool:
+        def start(n: int) -> list[_Row]:
+            """The next n waiting tasks, as running episodes."""
+            running = []
+            while waiting and len(running) < n:
+                some = [waiting.pop(0) for _ in range(min(n - len(running), len(waiting)))]
+                begun = pool.map(lambda task: _start(env, tokenizer, limit, task, list(prompt), seed), some)
+                running += [row for row in begun if not leave(row)]
+            return running
+
+        def leave(row: _Row) -> bool:
+            if row.done:
+                finished[row.trajectory.task_id] = row.trajectory
+                progress(1)
+            return row.done
+
+        for size in ((batch + 1) // 2, batch // 2) if getattr(env, "slow", False) else (batch,):
+            rows = start(size)
+            halves.append(_Half(rows, RowCache(len(rows), model.device)))
+        while any(half.rows for half in halves):
+            for half in halves:
+                list(half.answers)                                       # waits for the worlds, and raises what they raised
+                gone = [j for j, row in enumerate(half.rows) if leave(row)]
+                for j, row in zip(list(gone), start(len(gone))):         # a waiting task takes the place of a finished one
+                    half.rows[j], half.cache.lengths[j] = row, 0
+                    gone.remove(j)
+                if gone:
+                    alive = [j for j in range(len(half.rows)) if j not in gone]
+                    half.cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
+                    half.rows = [half.rows[j] for j in alive]
+                if half.rows:
+                    actions = _write_actions(model, half.rows, half.cache, temperature, max_new_tokens, stops)
+                    half.answers = pool.map(lambda pair: _answer(env, tokenizer, limit, *pair), zip(half.rows, actions))
+    return [finished[task] for task in task_ids]
+
+
+@dataclass
+class _Half:
+    """Episodes that write their actions together, their cache, and what their worlds are working on."""
+    rows: list[_Row]
+    cache: RowCache
+    answers: Iterable = ()
 
 
 def _start(env, tokenizer, limit: int, task: str, prompt: list[dict], seed: int) -> _Row:
@@ -539,10 +597,13 @@ def stable_seed(*parts) -> int:
 def _write_actions(model, rows: list[_Row], cache: RowCache, temperature: float, max_new_tokens: int, stops: set[int]) -> list[list[int]]:
     """Every row reads its pending tokens (prefill), then all write one action each, token by token (decode)."""
     device, limit = model.device, model.config.max_position_embeddings
-    width = max(len(row.pending) for row in rows)
-    ids = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows], device=device)
     new = torch.tensor([len(row.pending) for row in rows], device=device)
-    hidden = _forward(model, ids, cache.begin(width), cache)[torch.arange(len(rows), device=device), new - 1]
+    hidden = torch.empty(len(rows), model.config.hidden_size, device=device, dtype=model.dtype)
+    for some in _alike([len(row.pending) for row in rows]):
+        width, index = max(len(rows[j].pending) for j in some), torch.tensor(some, device=device)
+        ids = torch.tensor([rows[j].pending + [0] * (width - len(rows[j].pending)) for j in some], device=device)
+        out = _forward(model, ids, cache.begin(width, None if len(some) == len(rows) else index), cache)
+        hidden[index] = out[torch.arange(len(some), device=device), new[index] - 1].to(hidden.dtype)
     cache.lengths = cache.lengths + new
     heat = torch.full((len(rows),), float(temperature), device=device)
     room = [min(max_new_tokens, limit - n) for n in cache.lengths.tolist()]
@@ -563,6 +624,16 @@ def _write_actions(model, rows: list[_Row], cache: RowCache, temperature: float,
     for row, action, n in zip(rows, actions, cache.lengths.tolist()):
         row.length, row.pending = n, action[-1:]                         # the last token is sampled, not read
     return actions
+
+
+def _alike(lengths: list[int], most: int = 16384) -> list[list[int]]:
+    """Indices in groups of like length, each of at most `most` tokens when padded (one row may exceed it alone)."""
+    order, groups = sorted(range(len(lengths)), key=lambda j: lengths[j]), []
+    for j in order:
+        if not groups or lengths[j] * (len(groups[-1]) + 1) > most or lengths[j] > 2 * lengths[groups[-1][0]] + 64:
+            groups.append([])
+        groups[-1].append(j)
+    return [sorted(group) for group in groups] if len(groups) > 1 else [list(range(len(lengths)))]
 
 
 def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:

@@ -19,7 +19,8 @@ itself, we read it as follows:
     from one pass of the training forward, kept with the practice actions.
  6. Eq. 2 lacks the log that eq. 3 has: SFT is the mean negative log-prob of action tokens, the stop token included.
  7. Decoding. Section 6.4 says greedy, but K > 1 practice actions need samples: evaluation is greedy, practice samples at
-    temperature 1. PPO refuses any other temperature, as its ratio would be wrong.
+    temperature 1. PPO refuses any other temperature, as its ratio would be wrong. For DPO greedy practice is one-sided: where the
+    agent's favourite is right the pair is dropped, so the favourite only ever loses, however often it is right.
  8. Equal actions. A practice action with the expert's text has no DPO gradient; such pairs are dropped before batches are counted.
     Discriminator and PPO keep them. Their share, over all practice, is match_text (match_action: the parsed action alone).
  9. Batch unit. `batch` counts (kept) step pairs, as the paper's data points are step-wise. All pairs of a trajectory share one
@@ -29,7 +30,10 @@ itself, we read it as follows:
     The entropy bonus is the exact token entropy on practice tokens, eq. 8's causal entropy without its future term.
 11. Rates. The paper gives no schedule for reflection: the rate falls to zero along a cosine over all iterations together, so the
     third of nine iterations is not the end of a run of three. AdamW starts afresh in every phase.
-12. What differs for `tiny` stands in its column of the options: above all --dpo-nll, which anchors what was right already.
+12. beta is not given. As practice is drawn from the reference itself, eq. 6 has its optimum at pi_ref (p_expert / pi_ref)^(1 / beta),
+    and its first step is, in expectation, an SFT step on the same states (tests show both). So beta = 1 aims at the expert's own
+    distribution and a smaller one beyond it, where only a small rate and few updates hold it: real models have the usual 0.1
+    with the paper's 5e-7, `tiny`, at rates some hundred times as high, has 1.
 """
 from __future__ import annotations
 
@@ -58,7 +62,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import losses
 from envs import load_trajectories, make_env, parse_action, prompt_messages
 from parallel import Run, read_text, write_tensors, write_text
-from rollout import Encoded, InputError, Trajectory, encode, practice, run_episodes, score, stable_seed, stop_ids, use_tree_attention
+from rollout import (Encoded, InputError, Trajectory, encode, grouped, kv_bytes, practice, run_episodes, score, stable_seed, stop_ids,
+                     use_tree_attention)
 
 METHODS = ("base", "sft", "sft+", "stepagent-implicit", "stepagent-inverse")
 
@@ -112,7 +117,7 @@ class Config:
     max_new_tokens: int = option(512, "longest action, in tokens", tiny=48)
     dtype: str = option("bfloat16", "compute type; master weights are always float32", tiny="float32", choices=("float32", "bfloat16"))
     micro_tokens: int = option(8192, "tokens per forward pass in training, scoring and practice prefill")
-    leaves: int = option(256, "practice actions decoded together", tiny=1024)
+    leaves: int = option(256, "practice actions decoded together, at most: fewer where their keys and values would take a quarter of the memory", tiny=1024)
     episodes: int = option(32, "episodes played together", tiny=300)
     checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory", tiny=False)
     eval_splits: str = option("test", "splits evaluated at the end, separated by commas", tiny="test,test_unseen")
@@ -227,13 +232,14 @@ class Learner:
         self.policy.eval()
         mine, shards = sorted(self.practised, key=self._tokens)[run.rank::run.world], {}        # like lengths together: less padding
         with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
-            share = lambda j: max(len(self.data[j].spans) * c.practice / c.leaves, self._tokens(j) / c.micro_tokens)
-            for group in self._groups(mine, share, 1):                             # within both limits
+            room = run.memory() // 4 // kv_bytes(self.policy, 2 if c.dtype == "bfloat16" else 4)          # tokens whose keys fit
+            n = lambda j: len(self.data[j].spans) * c.practice
+            for group in grouped(mine, lambda j: max(n(j) / c.leaves, (self._tokens(j) + n(j) * c.max_new_tokens) / room), 1):
                 encoded = [self.data[j] for j in group]
                 gens = [torch.Generator().manual_seed(stable_seed(c.seed, i, e.task_id)) for e in encoded]
-                drawn = practice(self.policy, encoded, c.practice, c.temperature, c.max_new_tokens, stops, gens)
+                drawn = practice(self.policy, encoded, c.practice, c.temperature, c.max_new_tokens, stops, gens, c.micro_tokens)
                 leaves = dict(zip(group, [[(s, leaf) for s, of_step in enumerate(steps) for leaf in of_step] for steps in drawn]))
-                for micro in self._groups(group, lambda j: self._tokens(j, leaves[j]), c.micro_tokens):
+                for micro in grouped(group, lambda j: self._tokens(j, leaves[j]), c.micro_tokens):
                     scores = score(self.policy, [self.data[j] for j in micro], [leaves[j] for j in micro])
                     shards |= self._split(micro, leaves, scores)
                 bar.update(len(group))
@@ -410,7 +416,7 @@ class Learner:
         for step, batch in enumerate(run.bar(batches, f"iteration {i}: {name}" if i else name)):
             info, started = defaultdict(float), time.time()
             mine = sorted(batch, key=tokens or self._tokens)[run.rank::run.world] if run.world > 1 else batch      # even shares
-            for micro in self._groups(mine, tokens or self._tokens, c.micro_tokens):
+            for micro in grouped(mine, tokens or self._tokens, c.micro_tokens):
                 with run.autocast():
                     loss, figures = loss_of(micro, batch)
                 loss.backward()
@@ -455,17 +461,6 @@ class Learner:
 
     def _tokens(self, j: int, leaves=()) -> int:
         return len(self.data[j].ids) + sum(len(ids) for _, ids in leaves)
-
-    @staticmethod
-    def _groups(indices: list[int], size, limit: int) -> list[list[int]]:
-        """Consecutive groups of at most `limit` in size (one item may exceed it alone)."""
-        groups, total = [], math.inf
-        for j in indices:
-            if total + size(j) > limit:
-                groups, total = groups + [[]], 0
-            groups[-1].append(j)
-            total += size(j)
-        return groups
 
     # ---- evaluation and saving
 

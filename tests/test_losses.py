@@ -78,6 +78,34 @@ def test_dpo_survives_enormous_margins():
     assert loss.item() == close(1000.0)
 
 
+def expected_dpo(logits, reference, chosen, beta):
+    """Eq. 6 in expectation, by enumeration: the expert's action drawn from `chosen` [V], practice from `reference` [V] itself."""
+    logp, ref = torch.log_softmax(logits, -1), reference.log()
+    e, a = (x.flatten() for x in torch.meshgrid(torch.arange(len(chosen)), torch.arange(len(chosen)), indexing="ij"))
+    each = torch.stack([dpo_loss(logp[i:i + 1], logp[j:j + 1], ref[i:i + 1], ref[j:j + 1], beta)[0] for i, j in zip(e, a)])
+    return (chosen[e] * reference[a] * (e != a) * each).sum()                # equal actions are dropped
+
+
+def test_the_first_dpo_step_is_an_sft_step_in_expectation_over_practice():
+    logits = tensor([1.0, 0.2, -0.5, 0.3], dtype=torch.float64, requires_grad=True)
+    reference, expert = torch.softmax(logits, -1).detach(), tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    dpo, = torch.autograd.grad(expected_dpo(logits, reference, expert, 0.3), logits)
+    sft, = torch.autograd.grad(sft_loss(torch.log_softmax(logits, -1)[1:2], torch.ones(1))[0], logits)
+    assert torch.allclose(dpo, 0.3 / 2 * sft, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_practice_drawn_from_the_reference_pulls_dpo_to_the_expert_at_beta_1_and_beyond_it_below(beta):
+    reference, expert = tensor([0.5, 0.3, 0.2], dtype=torch.float64), tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    goal = reference * (expert / reference) ** (1 / beta)
+    logits = (goal / goal.sum()).log().requires_grad_()
+    gradient, = torch.autograd.grad(expected_dpo(logits, reference, expert, beta), logits)
+    assert gradient.abs().max() < 1e-12                                       # convex in the log-probs: this is the optimum
+    logits = reference.log().requires_grad_()
+    gradient, = torch.autograd.grad(expected_dpo(logits, reference, expert, beta), logits)
+    assert gradient.abs().max() > 1e-3
+
+
 # ---- discriminator and reward
 
 def test_discriminator_loss_by_hand():

@@ -2,6 +2,7 @@
 import copy
 import functools
 import random
+import time
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
     plain = gradients(model, of_scores(s))
     calls = []
     model.lm_head.register_forward_hook(lambda _, args, out: calls.append(len(out)))
-    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7))
+    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7 * model.config.vocab_size))
     t = score(model, encoded, leaves)
     assert max(calls) == 7 and sum(calls) == len(s.trunk_tokens) + len(s.leaf_tokens)
     assert close(t.trunk_tokens, s.trunk_tokens, 1e-6) and close(t.leaf_entropy, s.leaf_entropy, 1e-6)
@@ -253,6 +254,8 @@ def test_sampling_does_not_depend_on_packing():
     together = practice(model, encoded, 4, 1.0, 12, STOPS, gens(0, 1, 2))
     assert together == [practice(model, [e], 4, 1.0, 12, STOPS, gens(j))[0] for j, e in enumerate(encoded)]
     assert practice(model, encoded[::-1], 4, 1.0, 12, STOPS, gens(2, 1, 0)) == together[::-1]
+    for passes in (1, len(encoded[0].ids) + len(encoded[1].ids)):        # a prefill pass for each trunk; for two and one
+        assert practice(model, encoded, 4, 1.0, 12, STOPS, gens(0, 1, 2), prefill_tokens=passes) == together
     assert practice(model, encoded, 4, 1.0, 12, STOPS, gens(5, 6, 7)) != together
     assert len({tuple(ids) for ids in together[0][0]}) > 1               # the K actions of a state differ
 
@@ -357,6 +360,46 @@ def test_the_batch_size_does_not_change_episodes(temperature):
     assert [t.task_id for t in one] == TASKS and play(TASKS, 3) == one == play(TASKS, 64)
     assert play(TASKS[::-1], 4) == one[::-1]
     assert (play(TASKS, 64, seed=1) == one) == (temperature == 0)
+
+
+class SlowParrot(Parrot):
+    slow = True
+
+
+def test_halves_that_take_turns_play_the_same_episodes():
+    model, tokenizer = talker()
+    play = lambda env, batch: run_episodes(model, tokenizer, env, TASKS, batch=batch, max_new_tokens=8)
+    assert play(SlowParrot(), 4) == play(SlowParrot(), 1) == play(Parrot(), 4)
+
+
+def test_a_slow_world_answers_while_the_other_half_writes():
+    model, tokenizer = talker()
+    passes, seen = [0], []
+    model.model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+
+    class Episode(ParrotEpisode):
+        def step(self, text):
+            before, until = passes[0], time.time() + 10
+            while self.task == "first" and passes[0] == before and time.time() < until:
+                time.sleep(0.01)                                         # answers only once the model has moved on
+            seen.append((self.task, passes[0] > before))
+            return super().step(text)
+
+    class World(SlowParrot):
+        def start(self, task):
+            return Episode(self, task), "You see a desk."
+
+    run_episodes(model, tokenizer, World(turns=1), ["first", "second"], batch=2, max_new_tokens=4)
+    assert ("first", True) in seen
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 900, 4], [40] * 9, [1, 2, 4, 8, 600, 500, 20000]])
+def test_rows_that_read_together_are_alike_and_all_read_once(lengths):
+    groups = rollout._alike(lengths, most=1200)
+    assert sorted(j for group in groups for j in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[j] for j in group)
+        assert len(group) == 1 or (longest * len(group) <= 1200 and longest <= 2 * min(lengths[j] for j in group) + 64)
 
 
 def test_an_action_cut_at_the_limit_keeps_its_tokens_and_the_turn_is_closed():
