@@ -393,6 +393,11 @@ def test_a_slow_world_answers_while_the_other_half_writes():
     assert ("first", True) in seen
 
 
+def test_groups_hold_at_most_the_limit():
+    groups = rollout.grouped([0, 1, 2, 3, 4], lambda j: [4, 3, 9, 2, 5][j], 7)
+    assert groups == [[0, 1], [2], [3, 4]] and rollout.grouped([], len, 7) == []
+
+
 @pytest.mark.parametrize("lengths", [[3], [5, 900, 4], [40] * 9, [1, 2, 4, 8, 600, 500, 20000]])
 def test_rows_that_read_together_are_alike_and_all_read_once(lengths):
     groups = rollout._alike(lengths, most=1200)

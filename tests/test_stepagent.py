@@ -219,11 +219,6 @@ def test_the_practised_set_is_the_end_of_the_data_and_sft_the_beginning():
     assert list(x.sft_set) == [0, 1, 2] and list(x.practised) == [3, 4, 5, 6] and x.first_step == {3: 0, 4: 2, 5: 6, 6: 7}
 
 
-def test_groups_hold_at_most_the_limit():
-    groups = S.Learner._groups([0, 1, 2, 3, 4], lambda j: [4, 3, 9, 2, 5][j], 7)
-    assert groups == [[0, 1], [2], [3, 4]] and S.Learner._groups([], len, 7) == []
-
-
 def recorded_rates(x, phase):
     rates = []
     x._train = lambda name, i, batches, loss, rate, *rest: rates.extend(rate(step) for step in range(len(batches)))
