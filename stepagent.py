@@ -86,15 +86,15 @@ class Config:
     init: str = option("", "folder of an SFT'd policy to start from, instead of running SFT")
     # expert data
     expert: str = option("", "file of expert trajectories (ETO's JSON, or our JSONL), instead of the environment's own expert")
-    experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=1600)
-    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=1000)
+    experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=1300)
+    sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=700)
     practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=600)
     prompt: str = option("full", "full: instruction and one-shot example; none: a model made from scratch needs neither", tiny="none",
                          choices=("full", "none"))
     # imitation, eq. 2-3
     sft_lr: float = option(1e-5, "SFT learning rate (paper)", tiny=2e-3)
     sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=8)
-    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=8)
+    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=16)
     warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
     # inspection, eq. 4-5
     iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=2)
