@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rollout import InputError
+from rollout import InputError, grouped
 
 
 class Run:
@@ -157,7 +157,11 @@ class Run:
             return info
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        for some in grouped([p.grad for p in model.parameters()], torch.Tensor.numel, 2 ** 25):    # few large messages: small ones wait
+            flat = torch.cat([grad.flatten() for grad in some])
+            dist.all_reduce(flat)
+            for grad, summed in zip(some, flat.split([grad.numel() for grad in some])):
+                grad.copy_(summed.view_as(grad))
         total = defaultdict(float)
         for part in self.gather(dict(info)):
             for key, x in part.items():

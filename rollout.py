@@ -263,8 +263,8 @@ class Scores:
     leaves: Tensor                                   # [N] summed log-prob of each practice action
     trunk_tokens: Tensor                             # [sum of trunk_lengths] log-prob of each expert token
     leaf_tokens: Tensor                              # [sum of leaf_lengths]
-    trunk_entropy: Tensor                            # [sum of trunk_lengths] entropy where each expert token was predicted
-    leaf_entropy: Tensor                             # [sum of leaf_lengths]
+    trunk_entropy: Tensor | None                     # [sum of trunk_lengths] entropy where each expert token was predicted, if wanted
+    leaf_entropy: Tensor | None                      # [sum of leaf_lengths]
     trunk_lengths: list[int]
     leaf_lengths: list[int]
     state_hidden: Tensor                             # [S, d] at the state's last token, before the action
@@ -273,10 +273,10 @@ class Scores:
 
 
 def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tuple[int, list[int]]]] | None = None,
-          entropy_grad: bool = False) -> Scores:
+          with_entropy: bool = False) -> Scores:
     """Log-probs of all expert actions and all leaves in ONE forward pass (module docstring). leaves[j] = [(step index, token ids)]
     of trajectory j, in any order; Scores.leaves keeps that order. Memory: the caller chooses how many trajectories share a pass.
-    entropy_grad: entropies are differentiable, too (an entropy bonus wants that; its graph is as large as the logits)."""
+    with_entropy: entropies, differentiable (an entropy bonus wants that; over a large vocabulary it costs as much as the log-probs)."""
     use_tree_attention(model)
     leaves = leaves if leaves is not None else [[] for _ in encoded]
     assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} lists of leaves"
@@ -310,28 +310,27 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     both = rows["trunk"] + rows["leaf"]
     select = torch.tensor([r for predict, _ in both for r in predict], device=device)
     targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
-    logps, entropies = _head(model, hidden[select], targets, entropy_grad)
+    logps, *more = _head(model, hidden[select], targets, with_entropy)
     lengths = [len(tokens) for _, tokens in both]
     owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
     sums = logps.new_zeros(len(both)).index_add(0, owner, logps)
     n, t = len(rows["trunk"]), sum(lengths[:len(rows["trunk"])])
     at = {name: hidden[torch.tensor(index, device=device, dtype=torch.long)] for name, index in last.items()}
-    return Scores(sums[:n], sums[n:], logps[:t], logps[t:], entropies[:t], entropies[t:], lengths[:n], lengths[n:],
-                  at["state"], at["trunk"], at["leaf"])
+    entropies = (more[0][:t], more[0][t:]) if with_entropy else (None, None)
+    return Scores(sums[:n], sums[n:], logps[:t], logps[t:], *entropies, lengths[:n], lengths[n:], at["state"], at["trunk"], at["leaf"])
 
 
-def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, entropy_grad: bool = True,
-          most: int = 2 ** 25) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of targets [N] at hidden [N, d], in chunks of at most `most` logits (128 MiB in fp32): N x V
-    of them never exist at once, and with more than one chunk they are computed again in the backward pass."""
+def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0) -> list[Tensor]:
+    """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows` (0: 2^23 logits, 32 MiB in fp32,
+    but 256 rows at least): N x V logits never exist at once, and with several chunks the backward pass computes them again."""
     def part(h, t):
         logits = model.lm_head(h)
-        return token_logps(logits, t), entropy(logits if entropy_grad else logits.detach())
-    chunk = max(1, most // model.config.vocab_size)
-    again = torch.is_grad_enabled() and len(targets) > chunk
+        return (token_logps(logits, t), entropy(logits)) if with_entropy else (token_logps(logits, t),)
+    rows = rows or max(256, 2 ** 23 // model.config.vocab_size)
+    again = torch.is_grad_enabled() and len(targets) > rows
     parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return tuple(torch.cat(x) for x in zip(*parts))
+             for h, t in zip(hidden.split(rows), targets.split(rows))]
+    return [torch.cat(x) for x in zip(*parts)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- inspection

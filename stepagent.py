@@ -101,7 +101,7 @@ class Config:
     practice: int = option(3, "K, practice actions per expert step (paper's peak)")
     temperature: float = option(1.0, "of practice; 0 = greedy")
     # reflection, eq. 6, 8-11
-    lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=1e-4)
+    lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=5e-5)
     batch: int = option(16, "step pairs per update (paper)", tiny=64)
     epochs: int = option(1, "passes over the iteration's pairs (paper)")
     beta: float = option(0.1, "DPO temperature beta, eq. 6", tiny=1.0)
@@ -310,12 +310,12 @@ class Learner:
         mine = range(a * k, (a + len(self.data[j].spans)) * k)
         return [n for n in mine if p.kept[n]] if only_kept else list(mine)
 
-    def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool, entropy_grad: bool = False):
+    def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool, with_entropy: bool = False):
         """One forward pass. -> scores, leaf numbers [N], expert step numbers [N], and these steps' places in scores.trunk [N]."""
         k, device = self.run.config.practice, self.run.device
         own = {j: self._own(p, j, only_kept) for j in micro}
         leaves = [[(n // k - self.first_step[j], p.leaves[n]) for n in own[j]] for j in micro]
-        scores = score(self.policy, [self.data[j] for j in micro], leaves, entropy_grad)
+        scores = score(self.policy, [self.data[j] for j in micro], leaves, with_entropy)
         offsets = np.cumsum([0] + [len(self.data[j].spans) for j in micro]).tolist()
         place = [offsets[m] + s for m in range(len(micro)) for s, _ in leaves[m]]
         numbers = torch.tensor([n for j in micro for n in own[j]], dtype=torch.long)
@@ -383,7 +383,7 @@ class Learner:
         advantage = losses.whiten((reward - others).flatten())                                           # [N]
 
         def loss(micro, batch):
-            scores, n, _ = self._score_leaves(p, micro, only_kept=False, entropy_grad=True)
+            scores, n, _ = self._score_leaves(p, micro, only_kept=False, with_entropy=True)
             lengths = torch.tensor([len(p.leaves[x]) for x in n.tolist()])
             tokens = sum(len(p.leaves[x]) for j in batch for x in self._own(p, j, False))
             old = torch.cat([p.old_tokens[x] for x in n.tolist()]).to(scores.leaf_tokens.device)

@@ -23,7 +23,7 @@ Time        compute: FLOPs / (40% of 989 TFLOP/s). A decode step: the larger of 
 H100-hours  GPUs x wall time, idle GPUs included
 Memory      the larger of training = 16 bytes a weight (fp32 weight, gradient, two moments) + bf16 copy + activations of a micro-batch of
             8192 tokens, 4 L d + 12 I + 26 d + 8 H d_head + 4 H_kv d_head bytes each (layer inputs; inside of one layer, I intermediate)
-            + 24 bytes x 2^25 (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
+            + 24 bytes x 2^23, at least 256 V (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
             Replicated is the code today. Sharded is FSDP: 16 and 4 divided by the GPUs; the bf16 copy is two layers, embedding and
             head in training, whole in inspection. CUDA context, NCCL and fragmentation are left out.
 """
@@ -43,7 +43,7 @@ HBM, HBM_SHARE = 3.35e12, 0.60       # bytes/s of its memory (data sheet); share
 LINK = 300e9                         # bytes/s of a GPU in a collective, assumed: NVLink in a node of 8, 8 x 400 Gb/s between nodes
 CARD = 80e9                          # bytes
 LEAVES, MICRO, PAIRS, PPO_PASSES = 256, 8192, 16, 2                  # stepagent.py's defaults
-CHUNK, LOGIT_BYTES = 2 ** 25, 24     # of rollout.py's head: logits; bytes a logit at the peak, its entropy differentiable
+LOGIT_BYTES = 24                     # bytes a logit at the peak, its entropy differentiable
 GPUS = (1, 8, 64)
 
 
@@ -201,7 +201,7 @@ def memory(shape: Shape, b: Benchmark, k: int, gpus: int, sharded: bool) -> floa
     """Peak bytes per GPU, trunk shared."""
     p, split = shape.parameters, gpus if sharded else 1
     copy = 2 * p if split == 1 else 2 * (2 * shape.layer + 2 * shape.vocab * shape.hidden)
-    train = 16 * p / split + copy + MICRO * shape.activation_bytes + LOGIT_BYTES * CHUNK
+    train = 16 * p / split + copy + MICRO * shape.activation_bytes + LOGIT_BYTES * max(2 ** 23, 256 * shape.vocab)
     return max(train, 4 * p / split + 2 * p + kv(shape, b, k, True))
 
 

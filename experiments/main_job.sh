@@ -14,9 +14,10 @@ run() { "$bin/torchrun" --standalone --nproc_per_node "$ranks" stepagent.py --en
 started=$(date +%s)
 run --method sft --out "$out/sft"
 init=(--init "$out/sft/policy")
-run --method stepagent-implicit "${init[@]}" --out "$out/implicit"
-run --method sft+ "${init[@]}" --match "$out/implicit" --out "$out/sft_plus"
-run --method stepagent-inverse "${init[@]}" --batch 128 --out "$out/inverse"
+# learning rates: the best of tune.py's grid for each
+run --method stepagent-implicit "${init[@]}" --lr 5e-5 --out "$out/implicit"
+run --method sft+ "${init[@]}" --lr 5e-4 --match "$out/implicit" --out "$out/sft_plus"
+run --method stepagent-inverse "${init[@]}" --lr 5e-5 --batch 256 --out "$out/inverse"
 echo
 "$bin/python" experiments/compare.py "SFT=$out/sft" "SFT+=$out/sft_plus" "StepAgent-Implicit=$out/implicit" \
     "StepAgent-Inverse=$out/inverse" --out "$out/table.md"

@@ -1,5 +1,4 @@
 """experiments/cost.py: its parameter counts, FLOPs, token counts, bytes and token lengths against the real thing."""
-import inspect
 import itertools
 import json
 import os
@@ -169,7 +168,7 @@ def peak(shape: cost.Shape, tokens: int, scored: int, entropy: bool) -> int:
         p.grad = torch.zeros_like(p)
     with Live() as live:
         with torch.autocast("cpu", torch.bfloat16):
-            got = score(model, [Encoded([1] * tokens, [(tokens - scored, tokens)])], entropy_grad=entropy)
+            got = score(model, [Encoded([1] * tokens, [(tokens - scored, tokens)])], with_entropy=entropy)
             loss = got.trunk_tokens.sum() + (got.trunk_entropy.sum() if entropy else 0)
         loss.backward()
     return live.peak
@@ -187,13 +186,19 @@ def test_bytes_of_a_chunk_of_logits():
     assert peak(shape, 2048, 2047, True) == pytest.approx(cost.LOGIT_BYTES * shape.vocab * 2048, rel=0.1)
 
 
-def test_a_chunk_is_the_heads():
-    assert inspect.signature(rollout._head).parameters["most"].default == cost.CHUNK
+@pytest.mark.parametrize("vocab", [32000, 131072])
+def test_a_chunk_is_the_heads(vocab):
+    """As many logits at once as the formula has bytes for, within a row."""
+    model, seen = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        rollout._head(model, torch.zeros(600, 4), torch.zeros(600, dtype=torch.long), False)
+    assert max(2 ** 23, 256 * vocab) - vocab < max(seen) * vocab <= max(2 ** 23, 256 * vocab) and sum(seen) == 600
 
 
 def test_memory_is_the_sum_of_its_parts():
     shape, b = cost.SHAPES[0], cost.BENCHMARKS[2]
-    moving = cost.MICRO * shape.activation_bytes + 24 * 2 ** 25
+    moving = cost.MICRO * shape.activation_bytes + 24 * 2 ** 23
     assert cost.memory(shape, b, 3, 8, False) == cost.memory(shape, b, 3, 1, True) == pytest.approx(18 * shape.parameters + moving)
     assert cost.memory(shape, b, 3, 8, True) == pytest.approx(
         2 * shape.parameters + 2 * (2 * shape.layer + 2 * 32000 * 4096) + moving)

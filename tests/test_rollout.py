@@ -14,7 +14,7 @@ import tiny
 from rollout import (Encoded, InputError, Step, Trajectory, action_ids, encode, practice, run_episodes, sample, segment, stop_ids,
                      use_tree_attention)
 
-score = functools.partial(rollout.score, entropy_grad=True)             # so that every value has a gradient to compare
+score = functools.partial(rollout.score, with_entropy=True)             # so that every value has a gradient to compare
 
 FAMILIES = list(tiny.FAMILIES)
 STOPS = set(range(1, 14))                                                # of 97 tokens: some leaves stop early, some do not
@@ -131,9 +131,9 @@ def test_gradient_checkpointing_changes_nothing(family):
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
-def test_entropies_have_a_graph_only_when_asked():
+def test_entropies_are_computed_only_when_asked():
     s = rollout.score(tiny.model(), example()[0])
-    assert s.trunk_tokens.requires_grad and not s.trunk_entropy.requires_grad
+    assert s.trunk_tokens.requires_grad and s.trunk_entropy is None and s.leaf_entropy is None
     assert score(tiny.model(), example()[0]).trunk_entropy.requires_grad
 
 
@@ -143,7 +143,7 @@ def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
     plain = gradients(model, of_scores(s))
     calls = []
     model.lm_head.register_forward_hook(lambda _, args, out: calls.append(len(out)))
-    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7 * model.config.vocab_size))
+    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7))
     t = score(model, encoded, leaves)
     assert max(calls) == 7 and sum(calls) == len(s.trunk_tokens) + len(s.leaf_tokens)
     assert close(t.trunk_tokens, s.trunk_tokens, 1e-6) and close(t.leaf_entropy, s.leaf_entropy, 1e-6)
