@@ -13,8 +13,9 @@ itself, we read it as follows:
  2. Order. Lines 9-12 alternate D and policy batch by batch. We train D on the iteration's data first and take the PPO steps then:
     D is useful before it is trusted. D is warm-started across iterations.
  3. D never scores what it was trained on: two folds by task, each scored by the D of the other; log D is clamped at -5.
- 4. D's architecture is not given: a small MLP on frozen features of (s, a), the last hidden state at the action's final token and
-    the action's log-prob under the iteration's starting policy.
+ 4. D's architecture is not given: a small MLP on a frozen feature of (s, a), the last hidden state at the action's final token. The
+    action's log-prob is left out on purpose. The agent's samples are what it thinks probable, the expert's actions need not be, so a
+    D that sees it learns "improbable = expert", and its reward ranks the actions of a state against the expert (README).
  5. Reference of eq. 6 = the policy at the start of the iteration. No second model is loaded: reference log-probs and features come
     from one pass of the training forward, kept with the practice actions.
  6. Eq. 2 lacks the log that eq. 3 has: SFT is the mean negative log-prob of action tokens, the stop token included.
@@ -169,7 +170,7 @@ class Practice:
 
 
 class Discriminator(nn.Module):
-    """D(s, a) = P(the expert wrote a in s), as a logit, from frozen features (reading 4). [.., d + 1] -> [..]"""
+    """D(s, a) = P(the expert wrote a in s), as a logit, from frozen features (reading 4). [.., d] -> [..]"""
 
     def __init__(self, features: int, width: int = 64):
         super().__init__()
@@ -346,8 +347,7 @@ class Learner:
     def discriminate(self, i: int):
         """Lines 10-11, eq. 11: D on expert against practice actions; two folds by task, each judged by the other's D (reading 3)."""
         run, c, k, p = self.run, self.run.config, self.run.config.practice, self.load_practice(i)
-        agent = torch.cat([p.leaf_hidden, p.ref_leaves[:, None]], 1)
-        expert = torch.cat([p.trunk_hidden, p.ref_trunk[:, None]], 1)
+        agent, expert = p.leaf_hidden, p.trunk_hidden
         if len(self.practised) < 4:
             raise InputError(f"{len(self.practised)} trajectories are too few for two discriminators; give at least 4")
         order = sorted(self.practised, key=lambda j: stable_seed(c.seed, "fold", self.data[j].task_id))
@@ -373,7 +373,7 @@ class Learner:
             write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
             self._write_practice(i, log_d, log_d_expert)
         run.log("discriminate", i, 0, d_auc=float(np.mean(auc)), log_d_expert=log_d_expert.mean().item(),
-                log_d_agent=log_d.mean().item(), **figures)
+                log_d_agent=log_d.mean().item(), log_d_gap=reward_gap(log_d.view(-1, k), ~p.kept.view(-1, k)), **figures)
 
     def reflect_inverse(self, i: int):
         """Line 12: clipped PPO on the practice actions with reward log D (reading 10)."""
@@ -532,6 +532,14 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
     rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse[:len(positive)]]          # mean rank, from 1, of each positive
     n = len(positive)
     return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+
+
+def reward_gap(reward: Tensor, equal: Tensor) -> float:
+    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both. [S, K] each.
+    PPO compares the actions of a state with one another: where this is not above 0, its reward does not lead to the expert."""
+    mixed = equal.any(1) & ~equal.all(1)
+    mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
+    return (mean(equal) - mean(~equal)).mean().item() if mixed.any() else 0.0
 
 
 def bootstrap(values: list[float], draws: int = 2000) -> list[float]:

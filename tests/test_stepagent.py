@@ -219,6 +219,13 @@ def test_the_practised_set_is_the_end_of_the_data_and_sft_the_beginning():
     assert list(x.sft_set) == [0, 1, 2] and list(x.practised) == [3, 4, 5, 6] and x.first_step == {3: 0, 4: 2, 5: 6, 6: 7}
 
 
+def test_reward_gap_by_hand():
+    equal = torch.tensor([[True, False, False], [True, True, True], [False, True, True], [False, False, False]])
+    reward = torch.tensor([[-1.0, -2.0, -4.0], [-9.0, 0.0, 0.0], [-1.0, -3.0, -2.0], [-7.0, -7.0, 0.0]])
+    assert S.reward_gap(reward, equal) == pytest.approx(((-1 + 3) + (-2.5 + 1)) / 2)
+    assert S.reward_gap(reward, torch.ones_like(equal)) == 0.0
+
+
 def recorded_rates(x, phase):
     rates = []
     x._train = lambda name, i, batches, loss, rate, *rest: rates.extend(rate(step) for step in range(len(batches)))
