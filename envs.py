@@ -676,11 +676,12 @@ class ScienceWorld:
         if SCIENCEWORLD_JAVA not in (options := os.environ.get("JAVA_TOOL_OPTIONS", "")):
             os.environ["JAVA_TOOL_OPTIONS"] = f"{SCIENCEWORLD_JAVA} {options}".strip()         # the last one counts: the user's
         try:
-            self.started.append(ScienceWorldEnv())
+            simulator = ScienceWorldEnv()
         except Exception as error:                                   # py4j has many kinds
             raise InputError(f"scienceworld: Java server {len(self.started) + 1} does not start ({error}); is there memory for "
                              f"it? JAVA_TOOL_OPTIONS is {os.environ['JAVA_TOOL_OPTIONS']!r}") from None
-        return self.started[-1]
+        self.started.append(simulator)
+        return simulator
 
     def start(self, task_id: str) -> tuple[ScienceWorldEpisode, str]:
         episode = ScienceWorldEpisode(self, task_id)

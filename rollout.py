@@ -420,7 +420,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     """Eq. 5, the inspection: k practice actions for every expert step, [trajectory][step][k] token ids, the stop token kept.
     Prefills each trunk once, several in a pass of up to prefill_tokens, then decodes all leaves of all given trajectories together.
     temperature: one for all, or one per practice action (0 = greedy). generator: one per trajectory makes the result independent
-    of packing; CPU generators. Memory: kv_bytes(model) a token, of the trunks and of the leaves."""
+    of packing; CPU generators. Memory: kv_bytes(..) a token, of the leaves and of the trunks, padded to the longest of them."""
     use_tree_attention(model)
     device, stops = model.device, torch.tensor(sorted(stop_ids), device=model.device)
     heats = [temperature] * k if isinstance(temperature, (int, float)) else list(temperature)
@@ -442,6 +442,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
             noise.append(torch.rand(len(starts), max_new_tokens, generator=gens[j], dtype=torch.float64))
         for layer, kv in tree.kept.items():
             trunks[layer] += zip(*(x[0].split([ends[j] for j in group], 1) for x in kv))
+        tree.kept.clear()                                                # the cache's padded copy is to be the only one
     hidden, noise = torch.cat(states), torch.cat(noise).to(device)
     heat = torch.tensor(heats * (len(hidden) // k), device=device)
     cache = LeafCache(trunks, torch.tensor(owner, device=device), torch.tensor(prefix, device=device))
@@ -531,6 +532,7 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
     use_tree_attention(model)
     limit, stops, waiting, halves = model.config.max_position_embeddings, stop_ids(tokenizer), list(task_ids), []
     finished: dict[str, Trajectory] = {}
+    batch = min(batch, len(task_ids))
     with ThreadPoolExecutor(8) as pool:
         def start(n: int) -> list[_Row]:
             """The next n waiting tasks, as running episodes."""

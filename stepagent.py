@@ -22,8 +22,8 @@ itself, we read it as follows:
  7. Decoding. Section 6.4 says greedy, but K > 1 practice actions need samples: evaluation is greedy, practice samples at
     temperature 1. PPO refuses any other temperature, as its ratio would be wrong. For DPO greedy practice is one-sided: where the
     agent's favourite is right the pair is dropped, so the favourite only ever loses, however often it is right.
- 8. Equal actions. A practice action with the expert's text has no DPO gradient; such pairs are dropped before batches are counted.
-    Discriminator and PPO keep them. Their share, over all practice, is match_text (match_action: the parsed action alone).
+ 8. Equal actions. A practice action with the expert's text (and tokens) has no DPO gradient; such pairs are dropped before batches
+    are counted. Discriminator and PPO keep them. Their share, over all practice, is match_text (match_action: parsed actions).
  9. Batch unit. `batch` counts (kept) step pairs, as the paper's data points are step-wise. All pairs of a trajectory share one
     forward pass, so shuffled trajectories are added until the count is reached, and the loss is divided by the true count.
 10. PPO with step rewards. Each practice action is a one-step episode with reward log D; baseline: mean reward of the state's other
@@ -31,10 +31,10 @@ itself, we read it as follows:
     The entropy bonus is the exact token entropy on practice tokens, eq. 8's causal entropy without its future term.
 11. Rates. The paper gives no schedule for reflection: the rate falls to zero along a cosine over all iterations together, so the
     third of nine iterations is not the end of a run of three. AdamW starts afresh in every phase.
-12. beta is not given. As practice is drawn from the reference itself, eq. 6 has its optimum at pi_ref (p_expert / pi_ref)^(1 / beta),
-    and its first step is, in expectation, an SFT step on the same states (tests show both). So beta = 1 aims at the expert's own
-    distribution and a smaller one beyond it, where only a small rate and few updates hold it: real models have the usual 0.1
-    with the paper's 5e-7, `tiny`, at rates some hundred times as high, has 1.
+12. beta is not given. As practice is drawn from the reference itself, eq. 6 has its optimum where pi is proportional to
+    pi_ref (p_expert / pi_ref)^(1 / beta), and its expected gradient at the reference is SFT's on the same states (tests show both).
+    Among states that the model cannot tell apart the expert looks random; there beta = 1 aims at what it does, and a smaller beta
+    beyond it. Real models have the usual 0.1 with the paper's 5e-7; `tiny`, at rates a hundred times as high, has 1.
 """
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ class Config:
     max_new_tokens: int = option(512, "longest action, in tokens", tiny=48)
     dtype: str = option("bfloat16", "compute type; master weights are always float32", tiny="float32", choices=("float32", "bfloat16"))
     micro_tokens: int = option(8192, "tokens per forward pass in training, scoring and practice prefill")
-    leaves: int = option(256, "practice actions decoded together, at most: fewer where their keys and values would take a quarter of the memory", tiny=1024)
+    leaves: int = option(256, "practice actions decoded together at most; fewer where keys and values would take about a quarter "
+                                "of the memory", tiny=1024)
     episodes: int = option(32, "episodes played together", tiny=300)
     checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory", tiny=False)
     eval_splits: str = option("test", "splits evaluated at the end, separated by commas", tiny="test,test_unseen")
@@ -373,7 +374,7 @@ class Learner:
             write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
             self._write_practice(i, log_d, log_d_expert)
         run.log("discriminate", i, 0, d_auc=float(np.mean(auc)), log_d_expert=log_d_expert.mean().item(),
-                log_d_agent=log_d.mean().item(), log_d_gap=reward_gap(log_d.view(-1, k), ~p.kept.view(-1, k)), **figures)
+                log_d_agent=log_d.mean().item(), **reward_gap(log_d.view(-1, k), ~p.kept.view(-1, k)), **figures)
 
     def reflect_inverse(self, i: int):
         """Line 12: clipped PPO on the practice actions with reward log D (reading 10)."""
@@ -534,12 +535,12 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
     return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
 
 
-def reward_gap(reward: Tensor, equal: Tensor) -> float:
-    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both. [S, K] each.
-    PPO compares the actions of a state with one another: where this is not above 0, its reward does not lead to the expert."""
+def reward_gap(reward: Tensor, equal: Tensor) -> dict[str, float]:
+    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both; nothing where
+    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward leads away from the expert."""
     mixed = equal.any(1) & ~equal.all(1)
     mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
-    return (mean(equal) - mean(~equal)).mean().item() if mixed.any() else 0.0
+    return {"log_d_gap": (mean(equal) - mean(~equal)).mean().item()} if mixed.any() else {}
 
 
 def bootstrap(values: list[float], draws: int = 2000) -> list[float]:

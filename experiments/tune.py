@@ -1,6 +1,6 @@
 """Where SFT stops rising, and each method's learning rate, on dev tasks: python experiments/tune.py [--jobs 2] [--out runs/tune]
 
-First SFT of 2, 4, .. passes, each with its own schedule; then, from the SFT of 16 passes, the same grid of learning rates for
+First SFT of 4, 8, 16 and 32 passes, each with its own schedule; then, from the SFT of 16 passes, the same grid of learning rates for
 every method. Tasks: dev and dev_more (500, none of them a train or test task), seed 0. Writes experiments/results/tune.md, .json
 and sft_converges.svg. Runs that are finished are not run again. About 80 minutes of one core.
 """

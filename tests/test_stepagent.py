@@ -222,8 +222,8 @@ def test_the_practised_set_is_the_end_of_the_data_and_sft_the_beginning():
 def test_reward_gap_by_hand():
     equal = torch.tensor([[True, False, False], [True, True, True], [False, True, True], [False, False, False]])
     reward = torch.tensor([[-1.0, -2.0, -4.0], [-9.0, 0.0, 0.0], [-1.0, -3.0, -2.0], [-7.0, -7.0, 0.0]])
-    assert S.reward_gap(reward, equal) == pytest.approx(((-1 + 3) + (-2.5 + 1)) / 2)
-    assert S.reward_gap(reward, torch.ones_like(equal)) == 0.0
+    assert S.reward_gap(reward, equal)["log_d_gap"] == pytest.approx(((-1 + 3) + (-2.5 + 1)) / 2)
+    assert S.reward_gap(reward, torch.ones_like(equal)) == {}
 
 
 def recorded_rates(x, phase):
