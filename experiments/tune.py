@@ -27,6 +27,8 @@ METHODS = {                                          # label -> options beside t
 
 
 def run(out: Path, options: list[str]) -> None:
+    if (out / "report.md").exists():                 # the last thing that a run writes
+        return
     command = [sys.executable, "stepagent.py", "--env", "household", "--model", "models/tiny-household", "--out", str(out), *options,
                "--eval-each", "", "--eval-splits", "dev,dev_more"]
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def main() -> None:
         reflect["StepAgent-Implicit", RATES[1]].result()
         match = ["--match", str(grid["StepAgent-Implicit", RATES[1]])]           # all rates see the same updates
         others = [pool.submit(run, grid["SFT+", rate], [*METHODS["SFT+"], *start, *match, "--lr", rate]) for rate in RATES]
-        others += [pool.submit(run, sft[n], ["--method", "sft", "--sft-epochs", str(n)]) for n in PASSES if n != 16]
+        others += [pool.submit(run, sft[n], ["--method", "sft", "--sft-epochs", str(n)]) for n in sorted(PASSES, reverse=True) if n != 16]
         for task in [*others, *reflect.values()]:
             task.result()                                                        # raises what the run raised
 
