@@ -4,6 +4,7 @@
 # Safe to repeat: what is installed stays, and the main job continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
+case "${1:-}" in ""|test) ;; *) echo "error: unknown argument $1; usage: bash run.sh [test [pytest options]]" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
     echo "error: $python is not Python 3.11 or newer; install one, or name it: PYTHON=/path/to/python3.11 bash run.sh" >&2; exit 1; }

@@ -1,6 +1,6 @@
 """StepAgent: LLM agent policy optimisation via step-wise reinforcement learning (WWW '25), from scratch.
 
-    python stepagent.py --env household --model tiny --method stepagent-implicit --out runs/x
+    python stepagent.py --env household --model models/tiny-household --method stepagent-implicit --out runs/x
     torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model HuggingFaceTB/SmolLM2-1.7B-Instruct \\
              --method stepagent-inverse --out runs/y
 
@@ -35,6 +35,8 @@ itself, we read it as follows:
     pi_ref (p_expert / pi_ref)^(1 / beta), and its expected gradient at the reference is SFT's on the same states (tests show both).
     Among states that the model cannot tell apart the expert looks random; there beta = 1 aims at what it does, and a smaller beta
     beyond it. Real models have the usual 0.1 with the paper's 5e-7; `tiny`, at rates a hundred times as high, has 1.
+13. The paper practises the trajectories that SFT learnt from. `tiny` memorises those, and practice would only repeat them: there SFT
+    takes the first 700 and practice the last 600 (--sft-experts, --practice-experts). Real models keep the paper's one set.
 """
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ class Config:
     env: str = option("household", "environment: household, scienceworld")
     env_options: str = option("", "options of the environment, as key=value words, e.g. 'tasks=boil,melt variations=20'")
     model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
-                                "made here from nothing; a folder whose name begins with tiny has the tiny defaults, too")
+                                "random weights made here; models/tiny-household: the README's, pretrained; a folder whose name begins with tiny has the tiny defaults, too")
     method: str = option("stepagent-implicit", "which row of the table", choices=METHODS)
     out: str = option("runs/default", "run directory; the same command again continues there")
     seed: int = option(0, "seed of everything random")
@@ -102,7 +104,7 @@ class Config:
     practice: int = option(3, "K, practice actions per expert step (paper's peak)")
     temperature: float = option(1.0, "of practice; 0 = greedy")
     # reflection, eq. 6, 8-11
-    lr: float = option(5e-7, "learning rate of reflection, and of SFT+ (paper)", tiny=5e-5)
+    lr: float = option(5e-7, "learning rate of reflection (paper), and of SFT+", tiny=5e-5)
     batch: int = option(16, "step pairs per update (paper)", tiny=64)
     epochs: int = option(1, "passes over the iteration's pairs (paper)")
     beta: float = option(0.1, "DPO temperature beta, eq. 6", tiny=1.0)
@@ -112,7 +114,7 @@ class Config:
     entropy: float = option(0.01, "lambda of eq. 8, weight of the entropy bonus")
     kl: float = option(0.0, "weight of KL(policy || reference) in PPO, k3 estimate")
     d_lr: float = option(1e-4, "discriminator learning rate", tiny=1e-3)
-    match: str = option("", "sft+ only: take each update's trajectories from this run's updates, so that the two differ in the loss alone")
+    match: str = option("", "sft+ only: take each update's trajectories from this run's updates, so that the two differ in loss and --lr alone")
     # optimisation and evaluation
     grad_norm: float = option(1.0, "gradient norm is clipped to this")
     max_new_tokens: int = option(512, "longest action, in tokens", tiny=48)

@@ -1,7 +1,7 @@
 """Where SFT stops rising, and each method's learning rate, on dev tasks: python experiments/tune.py [--jobs 2] [--out runs/tune]
 
-First SFT of 4, 8, 16 and 32 passes, each with its own schedule; then, from the SFT of 16 passes, the same grid of learning rates for
-every method. Tasks: dev and dev_more (500, none of them a train or test task), seed 0. Writes experiments/results/tune.md, .json
+SFT of 16 passes; from it the same grid of learning rates for every method (SFT+ in the updates of Implicit at 1.5e-4); then SFT of 32, 8
+and 4 passes, each with its own schedule, for the curve. Needs experiments/requirements.txt (matplotlib). Tasks: dev and dev_more (500, none of them a train or test task), seed 0. Writes experiments/results/tune.md, .json
 and sft_converges.svg. Runs that are finished are not run again. About 80 minutes of one core.
 """
 from __future__ import annotations
@@ -14,7 +14,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = (4, 8, 16, 32)                              # of SFT; main_job.sh takes 16
@@ -93,9 +97,6 @@ def main() -> None:
 
 
 def plot(sft: dict, path: Path) -> None:
-    import matplotlib
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
     updates, mean = [s["updates"] for s in sft.values()], np.array([100 * s["success"] for s in sft.values()])
     low, high = 100 * np.array([s["interval"] for s in sft.values()]).T
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
