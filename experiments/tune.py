@@ -21,6 +21,9 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from stepagent import bootstrap  # noqa: E402
+
 PASSES = (4, 8, 16, 32)                              # of SFT; main_job.sh takes 16
 RATES = ("5e-5", "1.5e-4", "5e-4")
 METHODS = {                                          # label -> options beside the learning rate
@@ -48,11 +51,6 @@ def success(out: Path) -> np.ndarray:
     return np.array([row["reward"] >= 1 for row in rows], dtype=float)
 
 
-def interval(x: np.ndarray) -> list[float]:
-    means = x[np.random.default_rng(0).integers(len(x), size=(2000, len(x)))].mean(1)
-    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each (default: 2)")
@@ -78,14 +76,14 @@ def main() -> None:
     figures: dict = {"sft": {}, "grid": {}}
     for n in PASSES:
         x, updates = success(sft[n]), sum('"phase": "sft"' in line for line in open(sft[n] / "metrics.jsonl", encoding="utf-8"))
-        figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
-        lines.append(f"| {n} | {updates} | {100 * x.mean():.1f} [{100 * interval(x)[0]:.1f}, {100 * interval(x)[1]:.1f}] |")
+        figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": bootstrap(x)}
+        lines.append(f"| {n} | {updates} | {100 * x.mean():.1f} [{100 * bootstrap(x)[0]:.1f}, {100 * bootstrap(x)[1]:.1f}] |")
     lines += ["", "| from SFT of 16 passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
     for label in METHODS:
         cells = []
         for rate in RATES:
             x = success(grid[label, rate])
-            a, b = interval(x - base)
+            a, b = bootstrap(x - base)
             figures["grid"][f"{label} {rate}"] = {"success": float(x.mean()), "minus_sft": float((x - base).mean()), "interval": [a, b]}
             cells.append(f"{100 * x.mean():.1f}: {100 * (x - base).mean():+.1f} [{100 * a:+.1f}, {100 * b:+.1f}]")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
