@@ -6,7 +6,8 @@ The protocol is plain attributes and methods, no base class:
     env.instruction       the rules of the world and the reply format, as text
     env.example           one train task played by the expert, as text
     env.max_steps(id)     steps allowed ; env.task_type(id)  the name under which results are grouped
-    env.start(id)         -> (episode, first observation), which ends with the task
+    env.slow              True, if it is there, where a step takes about as long as the model's: run_episodes then overlaps the two
+    env.start(id)         -> (episode, first observation), which ends with the task; must bear several threads
     episode.step(text)    -> (observation, reward, done, info): text is the agent's whole turn, reward the benchmark's score
                           so far (0-1), info {"valid": the world understood the action, ...secondary metrics}
     env.expert(id)        -> Trajectory with an empty prompt, or None where nobody can show the task

@@ -82,7 +82,8 @@ class Config:
     env: str = option("household", "environment: household, scienceworld")
     env_options: str = option("", "options of the environment, as key=value words, e.g. 'tasks=boil,melt variations=20'")
     model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
-                                "random weights made here; models/tiny-household: the README's, pretrained; a folder whose name begins with tiny has the tiny defaults, too")
+                                "random weights made here (models/tiny-household: pretrained); a folder whose name begins with "
+                                "tiny has the tiny defaults, too")
     method: str = option("stepagent-implicit", "which row of the table", choices=METHODS)
     out: str = option("runs/default", "run directory; the same command again continues there")
     seed: int = option(0, "seed of everything random")
@@ -539,7 +540,7 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> float:
 
 def reward_gap(reward: Tensor, equal: Tensor) -> dict[str, float]:
     """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both; nothing where
-    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward leads away from the expert."""
+    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward does not lead to the expert."""
     mixed = equal.any(1) & ~equal.all(1)
     mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
     return {"log_d_gap": (mean(equal) - mean(~equal)).mean().item()} if mixed.any() else {}
