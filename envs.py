@@ -29,7 +29,7 @@ import sys
 import weakref
 from dataclasses import dataclass, field
 
-from rollout import InputError, Step, Trajectory
+from rollout import InputError, Step, Trajectory, stable_seed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -774,6 +774,21 @@ def make_env(name: str, **options):
     for option in options:
         _need(option in known, f"environment {name!r}", f"no option {option!r}; it has: {', '.join(known)}")
     return ENVIRONMENTS[name](**options)
+
+
+def env_options(text: str) -> dict:
+    """"tasks=boil,melt variations=20" -> {"tasks": "boil,melt", "variations": 20}"""
+    words = [word.partition("=") for word in text.split()]
+    if wrong := [key for key, equals, value in words if not (equals and value)]:
+        raise InputError(f"--env-options: {wrong[0]!r} is not key=value")
+    number = lambda x: int(x) if re.fullmatch(r"-?\d+", x) else float(x) if re.fullmatch(r"-?\d*\.\d+", x) else x
+    return {key: number(value) for key, _, value in words}
+
+
+def some(tasks: list[str], most: int) -> list[str]:
+    """At most so many tasks (0 = all), the same ones each time, from everywhere in the list: lists often go type by type."""
+    chosen = set(sorted(tasks, key=stable_seed)[:most or None])
+    return [task for task in tasks if task in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

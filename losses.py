@@ -9,6 +9,7 @@ in the same way. An empty input gives 0 with a graph.
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,3 +107,28 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     On practice tokens, sampled from ref itself, it is exact in mean only while pi is still near ref."""
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio
+
+
+# ---------------------------------------------------------------------------------------------------------- figures for the log
+
+def area_under_curve(positive: Tensor, negative: Tensor) -> float:
+    """P(a positive scores above a negative), ties half: the AUC of D's logits, expert against agent."""
+    values, inverse, counts = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse[:len(positive)]]          # mean rank, from 1, of each positive
+    n = len(positive)
+    return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+
+
+def reward_gap(reward: Tensor, equal: Tensor) -> dict[str, float]:
+    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both; nothing where
+    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward does not lead to the expert."""
+    mixed = equal.any(1) & ~equal.all(1)
+    mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
+    return {"log_d_gap": (mean(equal) - mean(~equal)).mean().item()} if mixed.any() else {}
+
+
+def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
+    """95% percentile interval of the mean, over tasks."""
+    x = np.asarray(values, dtype=float)
+    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
+    return [float(q) for q in np.percentile(means, [2.5, 97.5])]

@@ -1,4 +1,5 @@
-"""Where a run lives and who takes part: the run directory with its cursor, logs and atomic writes, and the ranks of torchrun.
+"""Where a run lives and who takes part: the run directory with its cursor, logs and atomic writes, the ranks of torchrun, and the
+folder that a policy is read from and saved to.
 
 Nothing here belongs to the method; stepagent.py is where Algorithm 1 is.
 """
@@ -18,17 +19,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rollout import InputError, grouped
+from rollout import InputError, Trajectory, grouped, stable_seed, stop_ids, use_tree_attention
 
 
 class Run:
     """The run directory with its cursor, and this process's place among the ranks of torchrun."""
 
-    def __init__(self, config):
+    def __init__(self, config, iterations: int):
         self.config = config
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -37,17 +40,7 @@ class Run:
         if "RANK" in os.environ and not dist.is_initialized():                     # ranks with less to play wait for the others
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), device_id=self.device if cuda else None)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.iterations = config.iterations if config.iterations >= 0 else 7 if config.method == "stepagent-inverse" else 3
-        if config.method in ("base", "sft"):
-            self.iterations = 0
-        if config.method == "stepagent-inverse" and config.temperature != 1:
-            raise InputError(f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
-        if config.match:
-            other = json.loads(read_text(Path(config.match, "config.json")))["config"]
-            same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
-            if wrong := [k for k in same if other[k] != getattr(config, k)]:
-                raise InputError(f"--match {config.match}: its --{wrong[0].replace('_', '-')} is {other[wrong[0]]!r}, not "
-                                 f"{getattr(config, wrong[0])!r}; give this run the same")
+        self.iterations = iterations
         self.out = Path(config.out)
         self.state = {"done": [], "policy": "", "log_bytes": 0}
         self._open_directory()
@@ -197,3 +190,68 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _commit() -> str:
     done = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# ------------------------------------------------------------------------------------------------------------- the policy's folder
+
+def load_policy(run: Run, experts: list[Trajectory]):
+    """-> policy in float32 with tree attention, and its tokenizer; where a run continues, its last saved policy."""
+    c = run.config
+    if c.model == "tiny" and not run.path("base").exists() and run.rank == 0:
+        make_tiny(experts, run.path("base.tmp"), c.seed)
+        os.replace(run.path("base.tmp"), run.path("base"))
+    run.barrier()
+    folder = run.path(run.state["policy"]) if run.state["policy"] else c.init or base_folder(run)
+    policy, tokenizer = read_policy(folder)
+    use_tree_attention(policy)
+    stop_ids(tokenizer)
+    if c.checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.to(run.device), tokenizer
+
+
+def base_folder(run: Run) -> str | Path:
+    """The model before any imitation."""
+    return run.path("base") if run.config.model == "tiny" else run.config.model
+
+
+def read_policy(folder: str | Path):
+    try:
+        return (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True),
+                AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {folder}: cannot be loaded ({str(error).splitlines()[0][:200]}); give a Hugging Face id that this "
+                         "machine can reach, or a local folder with config.json, safetensors and tokenizer files") from None
+
+
+def save_policy(policy: nn.Module, tokenizer, target: Path) -> None:
+    """An ordinary Hugging Face folder, written beside and moved into place."""
+    beside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    policy.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(beside, target)
+
+
+def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:
+    """A Llama of about 1M parameters with random weights, and a byte-level BPE tokenizer made from the expert text (in a small
+    world every word becomes one token), as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = [x for t in experts for s in t.steps for x in (s.observation, s.action)]
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
+                                        additional_special_tokens=special[1:])
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}<|end|>"
+                               "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    torch.manual_seed(stable_seed(seed, "tiny"))
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+        initializer_range=0.08,                      # 1 / sqrt(width): at the library's 0.02, made for wide models, copying forms late
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
@@ -31,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
-from losses import entropy, token_logps
+from losses import bootstrap, entropy, token_logps
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")   # plain softmax attention; others cap logits or add sinks, which the tree lacks
 
@@ -59,6 +60,7 @@ class Trajectory:
     reward: float = 0.0
     truncated: bool = False                          # cut by the step limit or the model's context, not ended by the world
     info: dict[str, float] = field(default_factory=dict)
+    last: str = ""                                   # what the world said after the last action
 
 
 @dataclass
@@ -648,7 +650,7 @@ def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:
     if action[-1] not in stops:
         row.pending = row.pending + [action_ids(tokenizer, "x")[-1]]
     row.pending = row.pending + state_ids(tokenizer, observation)
-    row.observation = observation
+    row.observation = trajectory.last = observation
     outgrown = row.length + len(row.pending) >= limit
     trajectory.truncated = not ended and (outgrown or len(trajectory.steps) >= env.max_steps(trajectory.task_id))
     if outgrown and not ended:
@@ -656,3 +658,17 @@ def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:
     row.done = ended or trajectory.truncated
     if row.done and hasattr(row.episode, "close"):
         row.episode.close()
+
+
+def episode_figures(episodes: list[Trajectory], env) -> dict:
+    """success = reward >= 1; invalid: share of all actions; steps: mean turns."""
+    success, reward = [float(t.reward >= 1) for t in episodes], [t.reward for t in episodes]
+    by_type = defaultdict(list)
+    for t, won in zip(episodes, success):
+        by_type[env.task_type(t.task_id)].append(won)
+    turns = max(1, sum(len(t.steps) for t in episodes))
+    return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
+            "reward_interval": bootstrap(reward), "tasks": len(episodes), "steps": turns / len(episodes),
+            "invalid": sum(t.info["invalid"] for t in episodes) / turns, "truncated": sum(t.truncated for t in episodes),
+            "outgrown": sum(t.info.get("outgrown", 0) for t in episodes),
+            "by_type": {name: [float(np.mean(x)), len(x)] for name, x in sorted(by_type.items())}}

@@ -44,10 +44,7 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import random
-import re
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -60,15 +57,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import compared
 import losses
-from envs import load_trajectories, make_env, parse_action, prompt_messages
-from parallel import Run, read_text, write_tensors, write_text
-from rollout import (Encoded, InputError, Trajectory, encode, grouped, kv_bytes, practice, run_episodes, score, stable_seed, stop_ids,
-                     use_tree_attention)
+from envs import env_options, load_trajectories, make_env, parse_action, prompt_messages, some
+from heads import Head, fit, two_folds
+from parallel import Run, load_policy, read_text, save_policy, write_tensors, write_text
+from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, kv_bytes, practice, run_episodes, score, stable_seed,
+                     stop_ids)
 
-METHODS = ("base", "sft", "sft+", "stepagent-implicit", "stepagent-inverse")
+ROUNDS = {"base": 0, "sft": 0, "sft+": 3, "ppo": 7, "dpo": 1, "rft": 1, "spin": 3, "nat": 1, "eto": 3,         # method -> iterations
+          "stepagent-implicit": 3, "stepagent-inverse": 7}                                                     # (the paper's peaks)
 
 
 def option(default, help: str, tiny=None, choices=None):
@@ -84,7 +83,9 @@ class Config:
     model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
                                 "random weights made here (models/tiny-household: pretrained); a folder whose name begins with "
                                 "tiny has the tiny defaults, too")
-    method: str = option("stepagent-implicit", "which row of the table", choices=METHODS)
+    method: str = option("stepagent-implicit", "which row of the table", choices=tuple(ROUNDS))
+    reward: str = option("step", "stepagent-inverse only (Table 3): step = log D of practice actions; final = the environment's, of whole "
+                                 "episodes; both. ppo is stepagent-inverse with final", choices=("step", "final", "both"))
     out: str = option("runs/default", "run directory; the same command again continues there")
     seed: int = option(0, "seed of everything random")
     init: str = option("", "folder of an SFT'd policy to start from, instead of running SFT")
@@ -101,12 +102,16 @@ class Config:
     sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=16)
     warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
     # inspection, eq. 4-5
-    iterations: int = option(-1, "iterations of Algorithm 1; -1 = the paper's peaks: 3 implicit, 7 inverse", tiny=2)
+    iterations: int = option(-1, "iterations of Algorithm 1; -1 = the method's own: 7 for stepagent-inverse and ppo (paper's peak), 3 for "
+                                 "stepagent-implicit (paper's peak), sft+, spin and eto, 1 for dpo, rft and nat", tiny=2)
     practice: int = option(3, "K, practice actions per expert step (paper's peak)")
-    temperature: float = option(1.0, "of practice; 0 = greedy")
+    temperature: float = option(1.0, "of practice, and of the episodes that ppo, dpo and spin learn from; 0 = greedy")
+    explore_temperature: float = option(0.7, "of the episodes that eto, rft and nat learn from (ETO)")
+    samples: int = option(0, "episodes played per train task by a compared method; 0 = its own: 4 for rft and nat, 1 otherwise")
+    success: float = option(1.0, "rft and nat: reward from which an episode counts as a success")
     # reflection, eq. 6, 8-11
     lr: float = option(5e-7, "learning rate of reflection (paper), and of SFT+", tiny=5e-5)
-    batch: int = option(16, "step pairs per update (paper)", tiny=64)
+    batch: int = option(16, "step pairs per update (paper); for ppo actions, for dpo, spin and eto trajectory pairs", tiny=64)
     epochs: int = option(1, "passes over the iteration's pairs (paper)")
     beta: float = option(0.1, "DPO temperature beta, eq. 6", tiny=1.0)
     dpo_nll: float = option(0.0, "weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)")
@@ -114,7 +119,9 @@ class Config:
     ppo_passes: int = option(2, "PPO passes over the iteration's practice actions", tiny=1)
     entropy: float = option(0.01, "lambda of eq. 8, weight of the entropy bonus")
     kl: float = option(0.0, "weight of KL(policy || reference) in PPO, k3 estimate")
-    d_lr: float = option(1e-4, "discriminator learning rate", tiny=1e-3)
+    gamma: float = option(1.0, "discount of whole episodes (reward final, both)")
+    gae_lambda: float = option(0.95, "GAE's lambda, the same")
+    d_lr: float = option(1e-4, "learning rate of the discriminator and of the value head", tiny=1e-3)
     match: str = option("", "sft+ only: take each update's trajectories from this run's updates, so that the two differ in loss and --lr alone")
     # optimisation and evaluation
     grad_norm: float = option(1.0, "gradient norm is clipped to this")
@@ -133,25 +140,39 @@ class Config:
 # ============================================================================================================ Algorithm 1
 
 def main(config: Config) -> None:
-    run = Run(config)
+    run = Run(config, check(config))
     env, experts, prompt = load_experts(run)
     policy, tokenizer = load_policy(run, experts)
     data = encode_experts(run, experts, tokenizer, policy)                                       # line 1: expert trajectories T
     learner = Learner(run, env, prompt, policy, tokenizer, experts, data)
+    method, reward = config.method, "final" if config.method == "ppo" else config.reward
 
-    if config.method != "base" and not config.init:
+    if method != "base" and not config.init:
         run.phase("sft", learner.imitate)                                                        # line 2: pi_theta_0, eq. 2-3
     run.phase("eval_0", learner.evaluate, "eval_0", config.eval_each)
     for i in range(1, run.iterations + 1):                                                       # line 5 (none for base, sft)
-        if config.method == "sft+":
+        if method == "stepagent-implicit":
+            run.phase(f"inspect_{i}", learner.inspect, i)                                        # line 7, eq. 4-5
+            run.phase(f"reflect_{i}", learner.reflect_implicit, i)                               # eq. 6
+        elif method in ("stepagent-inverse", "ppo"):
+            if reward != "final":
+                run.phase(f"inspect_{i}", learner.inspect, i)                                    # line 7, eq. 4-5
+                run.phase(f"discriminate_{i}", learner.discriminate, i)                          # lines 10-11, eq. 11, reading 2
+            if reward == "step":
+                run.phase(f"reflect_{i}", learner.reflect_inverse, i)                            # line 12, eq. 8
+            else:                                                                                # Table 3, and Table 2's PPO
+                run.phase(f"explore_{i}", compared.explore, learner, i)
+                run.phase(f"judge_{i}", compared.judge, learner, i, reward)
+                run.phase(f"reflect_{i}", compared.reflect_episodes, learner, i)
+        elif method == "sft+":
             run.phase(f"sft_plus_{i}", learner.imitate_more, i)                                  # the control: eq. 3 goes on
         else:
-            run.phase(f"inspect_{i}", learner.inspect, i)                                        # line 7, eq. 4-5
-        if config.method == "stepagent-implicit":
-            run.phase(f"reflect_{i}", learner.reflect_implicit, i)                               # eq. 6
-        if config.method == "stepagent-inverse":
-            run.phase(f"discriminate_{i}", learner.discriminate, i)                              # lines 10-11, eq. 11, reading 2
-            run.phase(f"reflect_{i}", learner.reflect_inverse, i)                                # line 12, eq. 8
+            run.phase(f"explore_{i}", compared.explore, learner, i)                              # Table 2's other rows
+            if method in ("rft", "nat"):
+                run.phase(f"retrain_{i}", compared.retrain, learner, i)
+            else:
+                run.phase(f"pair_{i}", compared.pair, learner, i)
+                run.phase(f"reflect_{i}", compared.reflect_pairs, learner, i)
         run.phase(f"eval_{i}", learner.evaluate, f"eval_{i}", config.eval_each)
     run.phase("eval_final", learner.evaluate, "final", config.eval_splits)
     run.phase("policy", learner.save, "policy")                                                  # line 3, the output
@@ -173,18 +194,6 @@ class Practice:
     leaf_hidden: Tensor                              # [N, d]
 
 
-class Discriminator(nn.Module):
-    """D(s, a) = P(the expert wrote a in s), as a logit, from frozen features (reading 4). [.., d] -> [..]"""
-
-    def __init__(self, features: int, width: int = 64):
-        super().__init__()
-        self.mean, self.std = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
-        self.mlp = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp((x - self.mean) / self.std).squeeze(-1)
-
-
 @dataclass
 class Learner:
     """The agent and what it learns from; each method is one phase of `main`."""
@@ -202,15 +211,19 @@ class Learner:
         self.practised = range(n - min(c.practice_experts or n, n), n)
         starts = np.cumsum([0] + [len(self.data[j].spans) for j in self.practised]).tolist()
         self.first_step = dict(zip(self.practised, starts))                        # trajectory -> its first step in Practice
+        order = sorted(self.practised, key=lambda j: stable_seed(c.seed, "fold", self.data[j].task_id))
+        self.place = {self.data[j].task_id: n for n, j in enumerate(order)}        # task -> its place in a fixed random order, for folds
 
     # ---- imitation
 
-    def imitate(self):
+    def imitate(self, pool: list[Encoded] | None = None, folder: str = "sft/policy"):
+        """SFT on the expert's trajectories (or on those of `pool`), eq. 2-3."""
         c = self.run.config
-        batches = [b for epoch in range(c.sft_epochs) for b in self._shuffled("sft", epoch, self.sft_set, c.sft_batch)]
+        pool, numbers = (self.data, self.sft_set) if pool is None else (pool, range(len(pool)))
+        batches = [b for epoch in range(c.sft_epochs) for b in self._shuffled("sft", epoch, numbers, c.sft_batch)]
         warm = max(1, round(c.warmup * len(batches)))
-        self._train("sft", 0, batches, self._nll, lambda step: c.sft_lr * min((step + 1) / warm, _cosine(step / len(batches))))
-        self.save("sft/policy")
+        self._train("sft", 0, pool, batches, self._nll(pool), lambda step: c.sft_lr * min((step + 1) / warm, _cosine(step / len(batches))))
+        self.save(folder)
 
     def imitate_more(self, i: int):
         """SFT+: eq. 3 on the practised trajectories, in the updates of the run given by --match, or in its own: as many as
@@ -220,20 +233,22 @@ class Learner:
             number = {item.task_id: j for j, item in enumerate(self.data)}
             batches = [[number[task] for task in batch] for batch in json.loads(read_text(Path(c.match, f"iter_{i}/batches.json")))]
         else:
-            batches = self._batches("sft+", i, lambda j: len(self.data[j].spans) * c.practice)
-        self._train("sft+", i, batches, self._nll, self._falling(i, len(batches)))
+            batches = self._batches("sft+", i, self.practised, lambda j: len(self.data[j].spans) * c.practice)
+        self._train("sft+", i, self.data, batches, self._nll(self.data), self._falling(i, len(batches)))
         self.save(f"iter_{i}/policy")
 
-    def _nll(self, micro: list[int], batch: list[int]):
-        scores = score(self.policy, [self.data[j] for j in micro])
-        count = sum(e - s for j in batch for s, e in self.data[j].spans)
-        return losses.sft_loss(scores.trunk_tokens, torch.ones_like(scores.trunk_tokens), count)
+    def _nll(self, pool: list[Encoded]):
+        def loss(micro, batch):
+            scores = score(self.policy, [pool[j] for j in micro])
+            count = sum(e - s for j in batch for s, e in pool[j].spans)
+            return losses.sft_loss(scores.trunk_tokens, torch.ones_like(scores.trunk_tokens), count)
+        return loss
 
     # ---- inspection
 
     def inspect(self, i: int):
         """Line 7, eq. 5: K practice actions at every expert step, then one scoring pass for what later phases need of pi_i."""
-        run, c, stops = self.run, self.run.config, stop_ids(self.tokenizer)
+        run, c, stops, started = self.run, self.run.config, stop_ids(self.tokenizer), time.time()
         self.policy.eval()
         mine, shards = sorted(self.practised, key=self._tokens)[run.rank::run.world], {}        # like lengths together: less padding
         with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
@@ -261,7 +276,7 @@ class Learner:
         if run.rank == 0:
             write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
             self._write_practice(i)
-        run.log("inspect", i, 0, **figures)
+        run.log("inspect", i, 0, **figures, seconds=time.time() - started)
 
     def _split(self, micro: list[int], leaves: dict, scores) -> dict[int, dict]:
         """What is kept of one scoring pass, by trajectory."""
@@ -343,7 +358,8 @@ class Learner:
             more["accuracy_all"] = info["accuracy"] * pairs / every                # a pair of equal actions has margin 0: not won
             return total + c.dpo_nll * nll if c.dpo_nll else total, info | more
 
-        batches = self._batches("implicit", i, lambda j: len(self._own(p, j, True)), skip_empty=c.dpo_nll == 0)
+        batches = self._batches("implicit", i, [j for j in self.practised if c.dpo_nll or self._own(p, j, True)],
+                                lambda j: len(self._own(p, j, True)))
         self._reflect("implicit", i, batches, loss, lambda j: self._own(p, j, True), p)
 
     # ---- reflection, inverse
@@ -354,30 +370,25 @@ class Learner:
         agent, expert = p.leaf_hidden, p.trunk_hidden
         if len(self.practised) < 4:
             raise InputError(f"{len(self.practised)} trajectories are too few for two discriminators; give at least 4")
-        order = sorted(self.practised, key=lambda j: stable_seed(c.seed, "fold", self.data[j].task_id))
-        tasks = torch.cat([torch.full((len(self.data[j].spans),), order.index(j)) for j in self.practised])        # [S]
+        tasks = torch.cat([torch.full((len(self.data[j].spans),), self.place[self.data[j].task_id]) for j in self.practised])      # [S]
+        leaves = lambda steps: (steps[:, None] * k + torch.arange(k)).flatten()
         log_d, log_d_expert, auc, figures = torch.zeros(len(agent)), torch.zeros(len(expert)), [], defaultdict(float)
         for fold in (0, 1):
-            d, before = Discriminator(agent.shape[1]), run.path(f"iter_{i - 1}/discriminator_{fold}.safetensors")
-            torch.manual_seed(stable_seed(c.seed, "D", fold))
-            d.mlp.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
-            if before.exists():
-                d.load_state_dict(load_file(before))                               # warm start
-            learn, test = tasks % 2 != fold, tasks % 2 == fold
-            held = learn & (tasks // 2 % 5 == 0)                                   # a fifth of its tasks tells when to stop
-            for name, x in fit_discriminator(d, expert, agent, k, learn & ~held, held, c.d_lr, stable_seed(c.seed, i, fold)).items():
-                figures[name] += x / 2
+            d = Head.load_or_make(run.path(f"iter_{i - 1}/discriminator_{fold}.safetensors"), agent.shape[1],
+                                  stable_seed(c.seed, "D", fold))                  # warm start
+            learn, held, test = two_folds(tasks, fold)
+            loss = lambda steps: losses.discriminator_loss(d(expert[steps]), d(agent[leaves(steps)]))[0]           # eq. 11
+            fit(d, torch.cat([expert[learn], agent[leaves(learn)]]), loss, learn, held, c.d_lr, stable_seed(c.seed, i, fold), figures, "d")
             with torch.no_grad():
-                for x, out, mask in ((agent, log_d, test.repeat_interleave(k)), (expert, log_d_expert, test)):
-                    out[mask] = losses.step_reward(d(x[mask]))
-                auc.append(area_under_curve(d(expert[test]), d(agent[test.repeat_interleave(k)])))
+                log_d[leaves(test)], log_d_expert[test] = losses.step_reward(d(agent[leaves(test)])), losses.step_reward(d(expert[test]))
+                auc.append(losses.area_under_curve(d(expert[test]), d(agent[leaves(test)])))
             if run.rank == 0:
                 write_tensors(run.path(f"iter_{i}/discriminator_{fold}.safetensors"), d.state_dict())
         if run.rank == 0:
             write_tensors(run.path(f"iter_{i}/log_d.safetensors"), {"agent": log_d, "expert": log_d_expert})
             self._write_practice(i, log_d, log_d_expert)
         run.log("discriminate", i, 0, d_auc=float(np.mean(auc)), log_d_expert=log_d_expert.mean().item(),
-                log_d_agent=log_d.mean().item(), **reward_gap(log_d.view(-1, k), ~p.kept.view(-1, k)), **figures)
+                log_d_agent=log_d.mean().item(), **losses.reward_gap(log_d.view(-1, k), ~p.kept.view(-1, k)), **figures)
 
     def reflect_inverse(self, i: int):
         """Line 12: clipped PPO on the practice actions with reward log D (reading 10)."""
@@ -397,7 +408,8 @@ class Learner:
             kl = losses.kl_k3(scores.leaf_tokens, old).sum() / tokens
             return total - c.entropy * entropy + c.kl * kl, info | {"entropy": entropy.detach(), "kl": kl.detach()}
 
-        batches = [b for n in range(c.ppo_passes) for b in self._batches("inverse", (i, n), lambda j: len(self._own(p, j, False)))]
+        batches = [b for n in range(c.ppo_passes)
+                   for b in self._batches("inverse", (i, n), self.practised, lambda j: len(self._own(p, j, False)))]
         self._reflect("inverse", i, batches, loss, lambda j: self._own(p, j, False), p)
 
     # ---- what the phases share
@@ -405,22 +417,24 @@ class Learner:
     def _reflect(self, name, i, batches, loss, own, p: Practice):
         if not batches:
             tqdm.write(f"iteration {i}: every practice action equals the expert's; nothing to reflect on, the policy stays as it is")
-        self._train(name, i, batches, loss, self._falling(i, len(batches)),
+        self._train(name, i, self.data, batches, loss, self._falling(i, len(batches)),
                     lambda j: self._tokens(j, [(0, p.leaves[n]) for n in own(j)]))
-        if self.run.rank == 0:
-            write_text(self.run.path(f"iter_{i}/batches.json"), json.dumps([[self.data[j].task_id for j in b] for b in batches]))
         self.save(f"iter_{i}/policy")
 
-    def _train(self, name: str, i: int, batches: list[list[int]], loss_of, rate, tokens=None):
-        """The one training loop: batches of trajectory numbers, the same on every rank; each rank takes its share, divides by the
-        batch's global counts, and gradients are summed. loss_of(micro batch, batch) -> (loss, info); rate(step) -> learning rate."""
+    def _train(self, name: str, i: int, pool: list[Encoded], batches: list[list[int]], loss_of, rate, tokens=None):
+        """The one training loop: batches of numbers of trajectories in `pool`, the same on every rank; each rank takes its share, divides
+        by the batch's global counts, and gradients are summed. loss_of(micro batch, batch) -> (loss, info); rate(step) -> learning rate;
+        tokens(j): those that one of them pushes through the policy."""
+        tokens = tokens or (lambda j: len(pool[j].ids))
+        if self.run.rank == 0 and i:                                               # for --match
+            write_text(self.run.path(f"iter_{i}/batches.json"), json.dumps([[pool[j].task_id for j in b] for b in batches]))
         run, c, policy = self.run, self.run.config, self.policy
         policy.train()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
         for step, batch in enumerate(run.bar(batches, f"iteration {i}: {name}" if i else name)):
             info, started = defaultdict(float), time.time()
-            mine = sorted(batch, key=tokens or self._tokens)[run.rank::run.world] if run.world > 1 else batch      # even shares
-            for micro in grouped(mine, tokens or self._tokens, c.micro_tokens):
+            mine = sorted(batch, key=tokens)[run.rank::run.world] if run.world > 1 else batch      # even shares
+            for micro in grouped(mine, tokens, c.micro_tokens):
                 with run.autocast():
                     loss, figures = loss_of(micro, batch)
                 loss.backward()
@@ -432,7 +446,7 @@ class Learner:
                 if run.rank == 0:
                     write_text(run.path("failed_batch.json"), json.dumps({
                         "phase": name, "iteration": i, "step": step, "figures": {k: str(x) for k, x in info.items()},
-                        "grad_norm": str(norm), "tasks": [self.data[j].task_id for j in batch]}))
+                        "grad_norm": str(norm), "batch": [dataclasses.asdict(pool[j]) for j in batch]}))
                 raise InputError(f"{name}, iteration {i}, update {step}: loss or gradient is not finite; batch saved in "
                                  f"{run.path('failed_batch.json')}; try a lower learning rate")
             for group in optimizer.param_groups:
@@ -440,7 +454,7 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
             run.log(name, i, step, lr=rate(step), grad_norm=norm, trajectories=len(batch),
-                    tokens=sum((tokens or self._tokens)(j) for j in batch), seconds=time.time() - started, **info)
+                    tokens=sum(map(tokens, batch)), seconds=time.time() - started, **info)
 
     def _falling(self, i: int, updates: int):
         c = self.run.config
@@ -452,15 +466,14 @@ class Learner:
         random.Random(stable_seed(self.run.config.seed, *key)).shuffle(order)
         return [order[a:a + size] for a in range(0, len(order), size)]
 
-    def _batches(self, name, i, pairs, skip_empty: bool = False) -> list[list[int]]:
-        """Shuffled trajectories, gathered until `batch` step pairs are reached (reading 9)."""
-        batches, current, count = [], [], 0
+    def _batches(self, name, i, numbers, size) -> list[list[int]]:
+        """Shuffled trajectories, gathered until `batch` in size (step pairs, actions) are reached (reading 9)."""
+        batches, current = [], []
         for epoch in range(self.run.config.epochs):
-            for [j] in self._shuffled(name, i, epoch, self.practised, 1):
-                if pairs(j) or not skip_empty:
-                    current, count = current + [j], count + pairs(j)
-                if count >= self.run.config.batch:
-                    batches, current, count = batches + [current], [], 0
+            for [j] in self._shuffled(name, i, epoch, numbers, 1):
+                current.append(j)
+                if sum(map(size, current)) >= self.run.config.batch:
+                    batches, current = batches + [current], []
         return batches + [current] if current else batches
 
     def _tokens(self, j: int, leaves=()) -> int:
@@ -472,99 +485,37 @@ class Learner:
         """Greedy episodes: mean reward and success with 95% bootstrap intervals over tasks, whole episodes in eval/."""
         run, c = self.run, self.run.config
         self.policy.eval()
+        prompt = compared.marked(self.prompt, True) if c.method == "nat" and name != "eval_0" else self.prompt
         for split in filter(None, splits.split(",")):
             tasks = some(self.env.splits[split], c.eval_tasks)
-            mine = tasks[run.rank::run.world]
-            with run.bar(len(mine), f"{name}: {split}") as bar, run.autocast():
-                played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=self.prompt, batch=c.episodes,
-                                      max_new_tokens=c.max_new_tokens, seed=c.seed, progress=bar.update)
-            byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
-            episodes = [byid[task] for task in tasks]
-            if run.rank == 0:
-                write_text(run.path(f"eval/{name}_{split}.jsonl"), "".join(json.dumps({
-                    "task_id": t.task_id, "task_type": self.env.task_type(t.task_id), "reward": t.reward, "truncated": t.truncated,
-                    **t.info, "steps": [{"observation": s.observation, "action": s.action} for s in t.steps]},
-                    ensure_ascii=False) + "\n" for t in episodes))
+            episodes = self.play(tasks, f"{name}: {split}", prompt, 0.0, c.seed)
+            self.write_episodes(f"eval/{name}_{split}.jsonl", episodes)
             run.log("eval", int(name.split("_")[-1]) if name[-1].isdigit() else run.iterations, 0, split=split, name=name,
                     **episode_figures(episodes, self.env))
 
-    def save(self, folder: str):
-        """An ordinary Hugging Face folder, float32, written beside and moved into place."""
+    def play(self, tasks: list[str], label: str, prompt: list[dict], temperature: float, seed: int) -> list[Trajectory]:
+        """Episodes of the policy, one a task, the tasks shared among the ranks."""
+        run, c = self.run, self.run.config
+        mine = tasks[run.rank::run.world]
+        with run.bar(len(mine), label) as bar, run.autocast():
+            played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=c.episodes,
+                                  max_new_tokens=c.max_new_tokens, seed=seed, progress=bar.update)
+        byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
+        return [byid[task] for task in tasks]
+
+    def write_episodes(self, name: str, episodes: list[Trajectory], ids: bool = False) -> None:
+        """One episode a line, with the sampled token ids if they are to be learnt from."""
         if self.run.rank == 0:
-            target, beside = self.run.path(folder), self.run.path(folder + ".tmp")
-            shutil.rmtree(beside, ignore_errors=True)
-            self.policy.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(beside, target)
+            write_text(self.run.path(name), "".join(json.dumps({
+                "task_id": t.task_id, "task_type": self.env.task_type(t.task_id), "reward": t.reward, "truncated": t.truncated, **t.info,
+                "steps": [{"observation": s.observation, "action": s.action} | ({"ids": s.ids} if ids else {}) for s in t.steps]}
+                | ({"last": t.last} if ids else {}), ensure_ascii=False) + "\n" for t in episodes))
+
+    def save(self, folder: str):
+        """An ordinary Hugging Face folder, float32."""
+        if self.run.rank == 0:
+            save_policy(self.policy, self.tokenizer, self.run.path(folder))
         self.run.state["policy"] = folder
-
-
-def fit_discriminator(d: Discriminator, expert: Tensor, agent: Tensor, k: int, learn: Tensor, held: Tensor, lr: float, seed: int,
-                      most: int = 50, patience: int = 3) -> dict[str, float]:
-    """Eq. 11 by Adam, passes until the held-out loss has not fallen for `patience` of them; D keeps its best weights.
-    expert [S, f], agent [S * k, f]; learn, held [S] bool over steps."""
-    leaves = lambda steps: (steps[:, None] * k + torch.arange(k)).flatten()
-    learn, held = learn.nonzero()[:, 0], (held if held.any() else learn).nonzero()[:, 0]
-    both = torch.cat([expert[learn], agent[leaves(learn)]])
-    d.mean, d.std = both.mean(0), both.std(0) + 1e-6
-    loss_on = lambda steps: losses.discriminator_loss(d(expert[steps]), d(agent[leaves(steps)]))[0]
-    optimizer, gen = torch.optim.Adam(d.mlp.parameters(), lr=lr), torch.Generator().manual_seed(seed)
-    best, kept, waited = math.inf, None, 0
-    for passes in range(most + 1):
-        with torch.no_grad():
-            loss = loss_on(held).item()
-        waited = 0 if loss < best else waited + 1
-        if loss < best:
-            best, kept = loss, {name: x.clone() for name, x in d.state_dict().items()}
-        if waited > patience or passes == most or not math.isfinite(loss):
-            break
-        for steps in learn[torch.randperm(len(learn), generator=gen)].split(256):
-            optimizer.zero_grad()
-            loss_on(steps).backward()
-            optimizer.step()
-    if kept is None:
-        raise InputError("discriminator: its loss is not finite; the policy's features are broken")
-    d.load_state_dict(kept)
-    with torch.no_grad():
-        return {"d_loss": loss_on(learn).item(), "d_loss_held": best, "d_passes": passes}
-
-
-def area_under_curve(positive: Tensor, negative: Tensor) -> float:
-    """P(a positive scores above a negative), ties half: the AUC of D's logits, expert against agent."""
-    values, inverse, counts = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse[:len(positive)]]          # mean rank, from 1, of each positive
-    n = len(positive)
-    return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
-
-
-def reward_gap(reward: Tensor, equal: Tensor) -> dict[str, float]:
-    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both; nothing where
-    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward does not lead to the expert."""
-    mixed = equal.any(1) & ~equal.all(1)
-    mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
-    return {"log_d_gap": (mean(equal) - mean(~equal)).mean().item()} if mixed.any() else {}
-
-
-def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
-    """95% percentile interval of the mean, over tasks."""
-    x = np.asarray(values, dtype=float)
-    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
-    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
-
-
-def episode_figures(episodes: list[Trajectory], env) -> dict:
-    """success = reward >= 1; invalid: share of all actions; steps: mean turns."""
-    success, reward = [float(t.reward >= 1) for t in episodes], [t.reward for t in episodes]
-    by_type = defaultdict(list)
-    for t, won in zip(episodes, success):
-        by_type[env.task_type(t.task_id)].append(won)
-    turns = max(1, sum(len(t.steps) for t in episodes))
-    return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
-            "reward_interval": bootstrap(reward), "tasks": len(episodes), "steps": turns / len(episodes),
-            "invalid": sum(t.info["invalid"] for t in episodes) / turns, "truncated": sum(t.truncated for t in episodes),
-            "outgrown": sum(t.info.get("outgrown", 0) for t in episodes),
-            "by_type": {name: [float(np.mean(x)), len(x)] for name, x in sorted(by_type.items())}}
 
 
 def _cosine(done: float) -> float:
@@ -572,6 +523,22 @@ def _cosine(done: float) -> float:
 
 
 # ============================================================================================================ setting up
+
+def check(c: Config) -> int:
+    """What can be known to be wrong before anything is loaded; -> the number of iterations."""
+    if c.method in ("stepagent-inverse", "ppo") and c.temperature != 1:
+        raise InputError(f"--temperature {c.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
+    if c.reward != "step" and c.method != "stepagent-inverse":
+        raise InputError(f"--reward {c.reward} belongs to --method stepagent-inverse; leave it out")
+    if c.match:
+        other = json.loads(read_text(Path(c.match, "config.json")))["config"]
+        same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
+        if wrong := [k for k in same if other[k] != getattr(c, k)]:
+            raise InputError(f"--match {c.match}: its --{wrong[0].replace('_', '-')} is {other[wrong[0]]!r}, not "
+                             f"{getattr(c, wrong[0])!r}; give this run the same")
+    once = ROUNDS[c.method] < 2
+    return ROUNDS[c.method] if c.iterations < 0 or once else c.iterations
+
 
 def load_experts(run: Run):
     """-> environment, expert trajectories with their prompt, and the prompt for the agent's own episodes."""
@@ -593,65 +560,6 @@ def load_experts(run: Run):
     for t in experts:
         t.prompt = t.prompt if given else prompt
     return env, experts, prompt
-
-
-def some(tasks: list[str], most: int) -> list[str]:
-    """At most so many tasks (0 = all), the same ones each time, from everywhere in the list: lists often go type by type."""
-    chosen = set(sorted(tasks, key=stable_seed)[:most or None])
-    return [task for task in tasks if task in chosen]
-
-
-def env_options(text: str) -> dict:
-    """"tasks=boil,melt variations=20" -> {"tasks": "boil,melt", "variations": 20}"""
-    words = [word.partition("=") for word in text.split()]
-    if wrong := [key for key, equals, value in words if not (equals and value)]:
-        raise InputError(f"--env-options: {wrong[0]!r} is not key=value")
-    number = lambda x: int(x) if re.fullmatch(r"-?\d+", x) else float(x) if re.fullmatch(r"-?\d*\.\d+", x) else x
-    return {key: number(value) for key, _, value in words}
-
-
-def load_policy(run: Run, experts: list[Trajectory]):
-    """-> policy in float32 with tree attention, and its tokenizer; where a run continues, its last saved policy."""
-    c = run.config
-    if c.model == "tiny" and not c.init and not run.path("base").exists() and run.rank == 0:
-        make_tiny(experts, run.path("base.tmp"), c.seed)
-        os.replace(run.path("base.tmp"), run.path("base"))
-    run.barrier()
-    folder = run.path(run.state["policy"]) if run.state["policy"] else c.init or (run.path("base") if c.model == "tiny" else c.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"model {folder}: cannot be loaded ({str(error).splitlines()[0][:200]}); give a Hugging Face id that this "
-                         "machine can reach, or a local folder with config.json, safetensors and tokenizer files") from None
-    use_tree_attention(policy)
-    stop_ids(tokenizer)
-    if c.checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return policy.to(run.device), tokenizer
-
-
-def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:
-    """A Llama of about 1M parameters with random weights, and a byte-level BPE tokenizer made from the expert text (in a small
-    world every word becomes one token), as a Hugging Face folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = [x for t in experts for s in t.steps for x in (s.observation, s.action)]
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
-                                        additional_special_tokens=special[1:])
-    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}<|end|>"
-                               "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    torch.manual_seed(stable_seed(seed, "tiny"))
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-        initializer_range=0.08,                      # 1 / sqrt(width): at the library's 0.02, made for wide models, copying forms late
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def encode_experts(run: Run, experts: list[Trajectory], tokenizer, policy) -> list[Encoded]:

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from stepagent import bootstrap  # noqa: E402
+from losses import bootstrap  # noqa: E402
 
 PASSES = (4, 8, 16, 32)                              # of SFT; main_job.sh takes 16
 RATES = ("5e-5", "1.5e-4", "5e-4")

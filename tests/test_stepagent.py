@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import envs
 import losses
 import naive
+import parallel
 import stepagent as S
 import tiny
-from rollout import Encoded, InputError, Step, Trajectory, encode, score
+from rollout import Encoded, InputError, Step, Trajectory, encode, episode_figures, score
 
 ROOT = Path(S.__file__).resolve().parent
 MINIATURE = ["--env-options", "receptacles=5 distractors=2 max_steps=13", "--experts", "6", "--sft-experts", "6",
@@ -83,22 +84,23 @@ def test_tiny_has_its_own_column_of_defaults():
     assert S.parse(["--sft-lr", "1"]).sft_lr == 1 and S.parse(["--checkpointing", "true"]).checkpointing is True
 
 
-def test_the_paper_peaks_are_the_default_iterations(tmp_path):
-    at = lambda method: S.Run(S.parse(["--model", "some/model", "--method", method, "--out", str(tmp_path / method)])).iterations
-    assert [at(m) for m in ("base", "sft", "stepagent-implicit", "stepagent-inverse")] == [0, 0, 3, 7]
+def test_the_paper_peaks_are_the_default_iterations():
+    at = lambda method, *words: S.check(S.parse(["--model", "some/model", "--method", method, *words]))
+    assert [at(m) for m in ("base", "sft", "stepagent-implicit", "stepagent-inverse", "spin", "eto", "dpo")] == [0, 0, 3, 7, 3, 3, 1]
+    assert [at(m, "--iterations", "5") for m in ("sft", "stepagent-implicit", "rft")] == [0, 5, 1]
 
 
 def test_some_tasks_come_from_everywhere_in_the_list():
     tasks = [f"{kind}-{i}" for kind in "abcd" for i in range(100)]
-    few = S.some(tasks, 40)
-    assert len(few) == 40 and sorted(few, key=tasks.index) == few and S.some(tasks, 0) == tasks
+    few = envs.some(tasks, 40)
+    assert len(few) == 40 and sorted(few, key=tasks.index) == few and envs.some(tasks, 0) == tasks
     assert all(sum(t.startswith(kind) for t in few) >= 3 for kind in "abcd")
 
 
 @pytest.mark.parametrize("text, options", [("", {}), ("a=1 b=x,y c=0.5 d=-2", {"a": 1, "b": "x,y", "c": 0.5, "d": -2}),
                                            ("a=b=c", {"a": "b=c"})])
 def test_environment_options(text, options):
-    assert S.env_options(text) == options
+    assert envs.env_options(text) == options
 
 
 @pytest.mark.parametrize("words, says", [
@@ -193,25 +195,19 @@ def learner(rank=0, world=1, steps=(3, 1, 5, 2, 4, 1, 6), **options):
 def test_batches_reach_their_pairs_and_overshoot_by_one_trajectory_at_most():
     x = learner()
     pairs = lambda j: len(x.data[j].spans)
-    batches = x._batches("implicit", 1, pairs)
+    batches = x._batches("implicit", 1, range(7), pairs)
     assert sorted(sum(batches, [])) == list(range(7)) and len(batches) >= 3
     for batch in batches[:-1]:
         assert sum(map(pairs, batch)) >= 6 > sum(map(pairs, batch[:-1]))
 
 
 def test_batches_are_the_same_on_every_rank_and_differ_by_iteration_and_seed():
-    pairs = lambda j: 2
-    batches = learner()._batches("implicit", 1, pairs)
-    assert batches == learner(rank=1, world=2)._batches("implicit", 1, pairs) == learner()._batches("implicit", 1, pairs)
-    assert len({json.dumps(x) for x in (batches, learner()._batches("implicit", 2, pairs),
-                                        learner(seed=5)._batches("implicit", 1, pairs))}) == 3
-    assert sorted(sum(learner(epochs=2)._batches("implicit", 1, pairs), [])) == sorted(2 * list(range(7)))
-
-
-def test_trajectories_without_pairs_are_skipped_on_demand():
-    pairs = lambda j: 3 * (j % 2)
-    assert sorted(sum(learner()._batches("a", 1, pairs, skip_empty=True), [])) == [1, 3, 5]
-    assert learner()._batches("a", 1, lambda j: 0, skip_empty=True) == []
+    made = lambda x, i=1: x._batches("implicit", i, range(7), lambda j: 2)
+    batches = made(learner())
+    assert batches == made(learner(rank=1, world=2)) == made(learner())
+    assert len({json.dumps(x) for x in (batches, made(learner(), 2), made(learner(seed=5)))}) == 3
+    assert sorted(sum(made(learner(epochs=2)), [])) == sorted(2 * list(range(7)))
+    assert learner()._batches("implicit", 1, [], lambda j: 2) == []
 
 
 def test_the_practised_set_is_the_end_of_the_data_and_sft_the_beginning():
@@ -222,13 +218,13 @@ def test_the_practised_set_is_the_end_of_the_data_and_sft_the_beginning():
 def test_reward_gap_by_hand():
     equal = torch.tensor([[True, False, False], [True, True, True], [False, True, True], [False, False, False]])
     reward = torch.tensor([[-1.0, -2.0, -4.0], [-9.0, 0.0, 0.0], [-1.0, -3.0, -2.0], [-7.0, -7.0, 0.0]])
-    assert S.reward_gap(reward, equal)["log_d_gap"] == pytest.approx(((-1 + 3) + (-2.5 + 1)) / 2)
-    assert S.reward_gap(reward, torch.ones_like(equal)) == {}
+    assert losses.reward_gap(reward, equal)["log_d_gap"] == pytest.approx(((-1 + 3) + (-2.5 + 1)) / 2)
+    assert losses.reward_gap(reward, torch.ones_like(equal)) == {}
 
 
 def recorded_rates(x, phase):
     rates = []
-    x._train = lambda name, i, batches, loss, rate, *rest: rates.extend(rate(step) for step in range(len(batches)))
+    x._train = lambda name, i, pool, batches, loss, rate, *rest: rates.extend(rate(step) for step in range(len(batches)))
     x.save = lambda folder: None
     phase(x)
     return rates
@@ -256,13 +252,13 @@ def test_auc_is_the_share_of_ordered_pairs():
     for n, m in ((1, 1), (5, 8), (40, 17)):
         a, b = torch.randint(0, 6, (n,), generator=gen).float() + 1, torch.randint(0, 6, (m,), generator=gen).float()
         count = sum(1.0 if x > y else 0.5 if x == y else 0.0 for x in a.tolist() for y in b.tolist()) / (n * m)
-        assert S.area_under_curve(a, b) == pytest.approx(count, abs=1e-6)
-    assert S.area_under_curve(torch.ones(3), torch.zeros(2)) == 1.0 and S.area_under_curve(torch.zeros(3), torch.ones(2)) == 0.0
+        assert losses.area_under_curve(a, b) == pytest.approx(count, abs=1e-6)
+    assert losses.area_under_curve(torch.ones(3), torch.zeros(2)) == 1.0 and losses.area_under_curve(torch.zeros(3), torch.ones(2)) == 0.0
 
 
 def test_bootstrap_interval_has_the_right_width():
-    low, high = S.bootstrap([0.0, 1.0] * 50)                             # deviation of the mean 0.05, 95%: +- 0.098
-    assert 0.38 < low < 0.43 and 0.57 < high < 0.62 and S.bootstrap([1.0] * 9) == [1.0, 1.0]
+    low, high = losses.bootstrap([0.0, 1.0] * 50)                             # deviation of the mean 0.05, 95%: +- 0.098
+    assert 0.38 < low < 0.43 and 0.57 < high < 0.62 and losses.bootstrap([1.0] * 9) == [1.0, 1.0]
 
 
 def test_episode_figures_by_hand():
@@ -270,7 +266,7 @@ def test_episode_figures_by_hand():
     made = [Trajectory("a1", [], [Step("", "")] * 2, 1.0, False, {"invalid": 1}),
             Trajectory("a2", [], [Step("", "")] * 4, 0.5, True, {"invalid": 2}),
             Trajectory("b1", [], [Step("", "")] * 4, 0.0, True, {"invalid": 0, "outgrown": 1})]
-    figures = S.episode_figures(made, env)
+    figures = episode_figures(made, env)
     assert (figures["success"], figures["reward"], figures["steps"]) == pytest.approx((1 / 3, 0.5, 10 / 3))
     assert (figures["invalid"], figures["truncated"], figures["outgrown"], figures["tasks"]) == (0.3, 2, 1, 3)
     assert figures["by_type"] == {"a": [0.5, 2], "b": [0.0, 1]}
@@ -278,62 +274,24 @@ def test_episode_figures_by_hand():
 
 # ---- discriminator
 
-def clouds(steps=200, k=2, gap=2.0):
-    gen = torch.Generator().manual_seed(0)
-    return torch.randn(steps, 5, generator=gen) + gap, torch.randn(steps * k, 5, generator=gen) - gap, torch.arange(steps)
-
-
-def test_the_discriminator_separates_what_can_be_separated():
-    expert, agent, steps = clouds()
-    torch.manual_seed(0)
-    d = S.Discriminator(5)
-    figures = S.fit_discriminator(d, expert, agent, 2, steps < 120, (steps >= 120) & (steps < 150), 1e-2, 0)
-    new = steps >= 150
-    with torch.no_grad():
-        assert S.area_under_curve(d(expert[new]), d(agent[new.repeat_interleave(2)])) > 0.99
-        assert losses.step_reward(d(expert[new])).mean() > -0.1
-        assert losses.step_reward(d(agent[new.repeat_interleave(2)])).mean() < -2
-    assert figures["d_loss_held"] < 0.1 and figures["d_loss"] < 0.1
-
-
-def test_the_discriminator_stops_when_held_out_loss_rises():
-    """Nothing to learn: it keeps the weights of its best pass, near two times ln 2."""
-    expert, agent, steps = clouds(60, gap=0.0)
-    d = S.Discriminator(5)
-    figures = S.fit_discriminator(d, expert, agent, 2, steps < 30, steps >= 30, 3e-2, 0)
-    with torch.no_grad():
-        loss = losses.discriminator_loss(d(expert[30:]), d(agent[60:]))[0].item()
-    assert figures["d_passes"] < 40 and loss == pytest.approx(figures["d_loss_held"], abs=1e-5) and loss < 1.6
-
-
-def test_the_discriminator_learns_without_held_out_tasks():
-    """With few tasks the held-out fifth may be empty; D must still be trained, not left at random."""
-    expert, agent, steps = clouds(20)
-    d = S.Discriminator(5)
-    S.fit_discriminator(d, expert, agent, 2, steps < 10, steps > 99, 1e-2, 0)
-    with torch.no_grad():
-        assert S.area_under_curve(d(expert[10:]), d(agent[20:])) > 0.9
-
-
 def test_no_fold_is_judged_by_the_discriminator_that_learnt_from_it(tmp_path, monkeypatch):
     learnt = []
 
-    def constant(d, expert, agent, k, learn, held, *rest):
+    def constant(d, features, loss_on, learn, held, *rest):
         """A D that says +1 (fold 0) or -1 (fold 1), whatever it sees."""
-        assert not (learn & held).any() and len(expert) * k == len(agent)
-        learnt.append(learn | held)
+        learnt.append(set(learn.tolist()) | set(held.tolist()))
         for p in d.mlp.parameters():
             p.data.zero_()
         d.mlp[-1].bias.data.fill_((1.0, -1.0)[len(learnt) - 1])
-        return {}
 
-    monkeypatch.setattr(S, "fit_discriminator", constant)
+    monkeypatch.setattr(S, "fit", constant)
     out = run(tmp_path / "x", *QUIET, "--method", "stepagent-inverse", "--iterations", "1", "--experts", "12",
               "--practice-experts", "12")
     found = load_file(out / "iter_1" / "log_d.safetensors")
     by = (found["expert"] < -1).long()                                   # log sigmoid(1) = -0.31, log sigmoid(-1) = -1.31
     assert 0 < by.sum() < len(by) and torch.equal((found["agent"] < -1).long(), by.repeat_interleave(2))
-    assert not any(learnt[fold][step] for step, fold in enumerate(by.tolist())) and torch.equal(learnt[0], ~learnt[1])
+    assert not any(step in learnt[fold] for step, fold in enumerate(by.tolist()))
+    assert not learnt[0] & learnt[1] and learnt[0] | learnt[1] == set(range(len(by)))
     rows = [json.loads(line) for line in (out / "iter_1" / "practice.jsonl").read_text().splitlines()]
     assert len({(row["task"], fold) for row, fold in zip(rows, by.tolist())}) == 12      # whole tasks
 
@@ -367,7 +325,7 @@ def test_equal_actions_leave_the_policy_as_it_is(tmp_path, monkeypatch):
 
 
 def test_only_pairs_that_differ_are_counted(tmp_path, monkeypatch):
-    wrong = S.some(envs.make_env("household").splits["train"], 6)[3]
+    wrong = envs.some(envs.make_env("household").splits["train"], 6)[3]
     forge(monkeypatch, lambda e, s, n: [7, 8] + expert_ids(e, s)[-1:] if (e.task_id, s, n) == (wrong, 1, 1)
           else expert_ids(e, s))
     out = run(tmp_path / "x", *QUIET, "--iterations", "1")
@@ -381,7 +339,8 @@ def test_only_pairs_that_differ_are_counted(tmp_path, monkeypatch):
 
 def judged(out, i=1):
     """-> the iteration's practice and how far each practice action's and each expert action's log-prob moved by reflection."""
-    run_ = S.Run(S.Config(**json.loads((out / "config.json").read_text())["config"]))
+    c = S.Config(**json.loads((out / "config.json").read_text())["config"])
+    run_ = S.Run(c, S.check(c))
     env, experts, prompt = S.load_experts(run_)
     policy, tokenizer = S.load_policy(run_, experts)                     # the last saved one
     data = [encode(t, tokenizer) for t in experts]
@@ -422,10 +381,10 @@ def test_sft_plus_takes_the_updates_of_the_run_it_is_matched_to(tmp_path, monkey
     first = run(tmp_path / "a", *QUIET)
     taken, train = [], S.Learner._train
 
-    def recording(self, name, i, batches, *rest):
+    def recording(self, name, i, pool, batches, *rest):
         taken.append((name, i, batches))
-        task_ids[:] = [item.task_id for item in self.data]
-        train(self, name, i, batches, *rest)
+        task_ids[:] = [item.task_id for item in pool]
+        train(self, name, i, pool, batches, *rest)
 
     task_ids = []
     monkeypatch.setattr(S.Learner, "_train", recording)
@@ -449,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
     with pytest.raises(InputError, match="sft, iteration 0, update 0: loss or gradient is not finite; .*failed_batch.json"):
         run(tmp_path / "x", *QUIET)
     saved = json.loads((tmp_path / "x" / "failed_batch.json").read_text())
-    assert len(saved["tasks"]) == 2 and saved["phase"] == "sft" and not (tmp_path / "x" / "sft").exists()
+    assert [len(item["ids"]) > 50 for item in saved["batch"]] == [True, True] and saved["phase"] == "sft" and not (tmp_path / "x" / "sft").exists()
 
 
 def test_micro_batches_do_not_change_the_update(tmp_path):
@@ -465,15 +424,15 @@ def test_sft_is_adamw_on_the_naive_loss(tmp_path, monkeypatch):
     """Three updates by hand: ordinary passes, mean over the batch's action tokens, clipped, no decay, zeroed gradients."""
     taken, train = [], S.Learner._train
 
-    def recording(self, name, i, batches, *rest):
+    def recording(self, name, i, pool, batches, *rest):
         taken.extend(batches)
-        train(self, name, i, batches, *rest)
+        train(self, name, i, pool, batches, *rest)
 
     monkeypatch.setattr(S.Learner, "_train", recording)
     out = run(tmp_path / "x", *QUIET, "--method", "sft", "--micro-tokens", "400")
-    model = S.LlamaForCausalLM.from_pretrained(out / "base", attn_implementation="eager").double()
-    tokenizer, env = S.AutoTokenizer.from_pretrained(out / "base"), envs.make_env("household", **S.env_options(MINIATURE[1]))
-    data = [encode(env.expert(task), tokenizer) for task in S.some(env.splits["train"], 6)]
+    model = LlamaForCausalLM.from_pretrained(out / "base", attn_implementation="eager").double()
+    tokenizer, env = AutoTokenizer.from_pretrained(out / "base"), envs.make_env("household", **envs.env_options(MINIATURE[1]))
+    data = [encode(env.expert(task), tokenizer) for task in envs.some(env.splits["train"], 6)]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for batch, row in zip(taken, metrics(out, "sft"), strict=True):
         logps = torch.cat([naive.token_logps(model, *pair) for pair in naive.expert_pairs([data[j] for j in batch])])
@@ -595,10 +554,10 @@ def test_end_to_end_sft_learns_a_miniature_world_and_a_reflection_iteration_foll
     monkeypatch.setattr(envs, "RECEPTACLES", {r: (1, envs.RECEPTACLES[r][1]) for r in places})
     options = {"receptacles": 5, "distractors": 0, "likely": 1.0, "max_steps": 12}
     env = envs.make_env("household", **options)
-    S.make_tiny([env.expert(f"train-{i}") for i in range(200)], tmp_path / "tiny-model", 0)
-    tokenizer = S.AutoTokenizer.from_pretrained(tmp_path / "tiny-model")
+    parallel.make_tiny([env.expert(f"train-{i}") for i in range(200)], tmp_path / "tiny-model", 0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny-model")
     torch.manual_seed(0)
-    S.LlamaForCausalLM(S.LlamaConfig(
+    LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
