@@ -1,0 +1,321 @@
+"""The README's tables and figures, on the household with a 0.85M-parameter model: python experiments/reproduce.py WHAT [--seeds 0 1 2]
+
+    tune      success against SFT updates, and every method's learning rate by the same grid, on 500 dev tasks (seed 0)
+    table2    the compared methods from the same SFT start within a seed, on the 300 test and 300 test_unseen tasks
+    table3    reward types of StepAgent-Inverse: step, final, both
+    figure4   (a) iterations 0 to 9, on 500 dev tasks; (b) K = 1 to 5, on the test tasks
+    sizes     Figure 3's question at this scale: the same with a model of 0.25M parameters
+    experts   how success depends on the number of demonstrations practised
+    carry     how far practice at expert states carries over to the states that the agent reaches itself
+    all       everything, in this order
+
+Resumes run by run, and within a run. Writes experiments/results/NAME.md, .json and, for curves, .svg. Needs experiments/requirements.txt.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments/results"
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+from compare import cell, interval, rewards, rows, table  # noqa: E402
+from envs import HouseholdExpert, parse_action  # noqa: E402
+
+PASSES = (4, 8, 16, 32)                              # of SFT; START is where every method begins
+START = 16
+GRID = ("1.5e-5", "5e-5", "1.5e-4", "5e-4", "1.5e-3")
+DEV, TEST = "dev,dev_more", "test,test_unseen"
+# Options of each method beside its rate; a rate of None: it has none of its own (RFT and NAT train as SFT does, from the base model, with
+# passes so chosen that they take about as many updates as SFT). Batches: 13 trajectories hold about the 64 pairs of an implicit update.
+METHODS = {
+    "SFT+": ["--method", "sft+"],
+    "PPO": ["--method", "ppo", "--batch", "256"],
+    "DPO": ["--method", "dpo", "--batch", "13"],
+    "RFT": ["--method", "rft", "--sft-epochs", "6"],
+    "SPIN": ["--method", "spin", "--batch", "13"],
+    "NAT": ["--method", "nat", "--sft-epochs", "4"],
+    "ETO": ["--method", "eto", "--batch", "13"],
+    "StepAgent-Implicit": ["--method", "stepagent-implicit"],
+    "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
+}
+RATES = {"SFT+": "5e-4", "PPO": "5e-5", "DPO": "5e-5", "SPIN": "5e-5", "ETO": "5e-5", "StepAgent-Implicit": "5e-5",
+         "StepAgent-Inverse": "5e-5", "RFT": None, "NAT": None}           # the best of `tune`
+PAPER = {"base": 0.0, "SFT": 68.5, "PPO": 69.1, "DPO": 70.6, "RFT": 69.8, "SPIN": 71.4, "NAT": 69.3, "ETO": 72.8,
+         "StepAgent-Implicit": 74.2, "StepAgent-Inverse": 74.9}           # Table 2, Mistral-7B, ALFWorld: the household's nearest relative
+BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
+
+
+class Cells:
+    """Runs of stepagent.py, `jobs` at once with one thread each; a run waits for those that it needs."""
+
+    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household"):
+        self.out, self.pool, self.model = out, ThreadPoolExecutor(jobs), model
+        self.begun: dict[str, Future] = {}
+
+    def add(self, name: str, *options: str, needs: tuple[str, ...] = ()) -> str:
+        """-> the run's directory."""
+        waits = [self.begun[n] for n in needs if n in self.begun]
+        if name not in self.begun:
+            self.begun[name] = self.pool.submit(self._run, self.out / name, options, waits)
+        return str(self.out / name)
+
+    def _run(self, out: Path, options: tuple[str, ...], waits: list[Future]) -> None:
+        for other in waits:
+            other.result()
+        if (out / "report.md").exists():             # the last thing that a run writes
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        print("run", out.relative_to(ROOT), *options, flush=True)
+        command = [sys.executable, "stepagent.py", "--env", "household", "--model", self.model, "--out", str(out), *options]
+        with open(out / "log.txt", "a", encoding="utf-8") as log:
+            if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+                raise SystemExit(f"error: {out} failed; see {out / 'log.txt'}")
+
+    def wait(self) -> None:
+        for run in self.begun.values():
+            run.result()                             # raises what the run raised
+
+    def sft(self, seed: int, splits: str, passes: int = START) -> tuple[str, list[str]]:
+        """-> name and options of the start that all methods of a seed share."""
+        name = f"{splits.split(',')[0]}/seed{seed}/sft{passes}"
+        self.add(name, "--method", "sft", "--seed", str(seed), "--sft-epochs", str(passes), "--eval-each", "", "--eval-splits", splits)
+        return name, ["--seed", str(seed), "--init", str(self.out / name / "policy"), "--eval-each", "", "--eval-splits", splits]
+
+    def method(self, label: str, seed: int, splits: str, *more: str, rate: str | None = None, tag: str = "") -> str:
+        """SFT+ takes the updates of Implicit with the same options."""
+        start, options = self.sft(seed, splits)
+        rate = rate or RATES[label]
+        name, needs = f"{splits.split(',')[0]}/seed{seed}/{label.lower()}{tag}", (start,)
+        if label == "SFT+":
+            twin = self.method("StepAgent-Implicit", seed, splits, *more, tag=tag if not tag.startswith("_lr") else f"_lr{GRID[2]}",
+                               rate=GRID[2] if tag.startswith("_lr") else None)
+            options, needs = [*options, "--match", twin], (start, str(Path(twin).relative_to(self.out)))
+        return self.add(name, *METHODS[label], *options, *(["--lr", rate] if rate else []), *more, needs=needs)
+
+
+# ------------------------------------------------------------------------------------------------------------------ on dev
+
+def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
+    sft = {n: cells.add(cells.sft(0, DEV, n)[0]) for n in sorted(PASSES, key=lambda n: n != START)}
+    grid = {(label, rate): cells.method(label, 0, DEV, rate=rate, tag=f"_lr{rate}")
+            for label in METHODS if RATES[label] for rate in rates}
+    cells.wait()
+    success = lambda run: np.concatenate([(rewards({"": [run]}, s)[""] >= 1).astype(float) for s in DEV.split(",")], 1)
+    base, figures = success(sft[START]), {"sft": {}, "grid": {}}
+    lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
+             "| SFT passes | updates | success |", "|---|---|---|"]
+    for n in PASSES:
+        x, updates = success(sft[n]), sum("grad_norm" in r for r in rows(Path(sft[n], "metrics.jsonl")))
+        figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
+        lines.append(f"| {n} | {updates} | {cell(x)} |")
+    lines += ["", f"| from SFT of {START} passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
+              "|---" * (len(rates) + 1) + "|"]
+    for label in dict.fromkeys(label for label, _ in grid):
+        gaps = [success(grid[label, rate]) - base for rate in rates]
+        figures["grid"][label] = {rate: [float(x.mean()), *interval(x)] for rate, x in zip(rates, gaps)}
+        best = max(range(len(rates)), key=lambda j: gaps[j].mean())
+        lines.append(f"| {label} | " + " | ".join(f"**{cell(x, True)}**" if j == best else cell(x, True) for j, x in enumerate(gaps)) + " |")
+    write("tune", lines, figures)
+    updates, low, mean, high = zip(*((s["updates"], s["interval"][0], s["success"], s["interval"][1]) for s in figures["sft"].values()))
+    with plot("sft_converges", "SFT updates (a schedule of its own each)", "success on 500 dev tasks, %") as axes:
+        axes.errorbar(updates, 100 * np.array(mean), yerr=100 * np.array([np.subtract(mean, low), np.subtract(high, mean)]), marker="o", capsize=3)
+        axes.set(xscale="log", xticks=updates, xticklabels=updates, ylim=(0, 100))
+        axes.minorticks_off()
+
+
+# ----------------------------------------------------------------------------------------------------------------- on test
+
+def table2(cells: Cells, seeds: list[int]) -> None:
+    runs = {"base": [cells.add("test/base", "--method", "base", "--eval-each", "", "--eval-splits", TEST)] * 0,
+            "SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]}
+    runs |= {label: [cells.method(label, s, TEST) for s in seeds] for label in METHODS}
+    cells.wait()
+    runs.pop("base")
+    lines, figures = table(runs, "SFT+", TEST.split(","), PAPER, BASELINES)
+    base = [rewards({"": [cells.add("test/base")]}, s)[""] >= 1 for s in TEST.split(",")]
+    lines.insert(4, f"| base | {PAPER['base']} | " + " | ".join(f"{100 * x.mean():.1f}" for x in base) + " |" + " |" * 7)
+    write("table2", lines, figures)
+
+
+def table3(cells: Cells, seeds: list[int]) -> None:
+    label = "StepAgent-Inverse"
+    runs = {"SFT+": [cells.method("SFT+", s, TEST) for s in seeds], f"{label}, step": [cells.method(label, s, TEST) for s in seeds]}
+    runs |= {f"{label}, {kind}": [cells.method("PPO", s, TEST) if kind == "final" else
+                                  cells.method(label, s, TEST, "--reward", kind, tag=f"_{kind}") for s in seeds] for kind in ("final", "both")}
+    cells.wait()
+    paper = {f"{label}, {kind}": x for kind, x in (("step", 76.1), ("final", 73.4), ("both", 76.2))}      # Llama-3-8B, ALFWorld
+    write("table3", *table(runs, "SFT+", TEST.split(","), paper))
+
+
+def figure4(cells: Cells, seeds: list[int]) -> None:
+    labels = ("StepAgent-Implicit", "StepAgent-Inverse", "SFT+")
+    long = {label: [cells.method(label, s, DEV, "--iterations", "9", "--eval-each", DEV, tag="_9") for s in seeds] for label in labels}
+    many = {(label, k): [cells.method(label, s, TEST, "--practice", str(k), tag=f"_k{k}") if k != 3 else cells.method(label, s, TEST)
+                         for s in seeds] for label in labels[:2] for k in range(1, 6)}
+    cells.wait()
+    figures = {"iterations": {}, "practice": {}}
+    for label in labels:
+        curve = [np.concatenate([rewards({"": long[label]}, s, f"eval_{i}")[""] >= 1 for s in DEV.split(",")], 1) for i in range(10)]
+        logged = [rows(Path(run, "metrics.jsonl")) for run in long[label]]
+        of = lambda name: [float(np.mean([r[name] for run in logged for r in run if r["iteration"] == i and name in r] or [np.nan]))
+                           for i in range(1, 10)]
+        figures["iterations"][label] = {"success": [[float(x.mean()), *interval(x.astype(float))] for x in curve]} | {
+            name: of(name) for name in ("match_text", "match_action", "pairs_kept", "margin", "accuracy_all", "d_auc", "log_d_agent", "log_d_gap",
+                                        "entropy")}
+    for (label, k), runs in many.items():
+        x = np.concatenate([rewards({"": runs}, s)[""] >= 1 for s in TEST.split(",")], 1).astype(float)
+        figures["practice"].setdefault(label, {})[k] = [float(x.mean()), *interval(x)]
+    lines = [f"Success in %, {len(seeds)} seed{'s' * (len(seeds) > 1)}; iterations on 500 dev tasks, K on 600 test tasks.", "",
+             "| iteration | " + " | ".join(map(str, range(10))) + " |", "|---" * 11 + "|"]
+    lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:.1f}" for x in figures["iterations"][label]["success"]) + " |" for label in labels]
+    for name in ("match_text", "pairs_kept", "margin", "d_auc", "log_d_gap"):
+        lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " |"
+                  for label, f in figures["iterations"].items() if not np.isnan(f[name]).all()]
+    lines += ["", "| K | " + " | ".join(map(str, range(1, 6))) + " |", "|---" * 6 + "|"]
+    lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:.1f} [{100 * x[1]:.1f}, {100 * x[2]:.1f}]" for x in f.values()) + " |"
+              for label, f in figures["practice"].items()]
+    write("figure4", lines, figures)
+    figure, grid = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for label in labels:
+        mean, low, high = 100 * np.array(figures["iterations"][label]["success"]).T
+        grid[0].plot(range(10), mean, marker="o", label=label)
+        grid[0].fill_between(range(10), low, high, alpha=0.15)
+        if label in figures["practice"]:
+            mean, low, high = 100 * np.array(list(figures["practice"][label].values())).T
+            grid[1].errorbar(range(1, 6), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
+        grid[2].plot(range(1, 10), 100 * np.array(figures["iterations"][label]["match_text"]), marker="o", label=label)
+    for axes, title, x, y in zip(grid, ("(a) iterations, 500 dev tasks", "(b) practice number, 600 test tasks", "what practice equals"),
+                                 ("iteration", "K", "iteration"), ("success, %", "success, %", "practice with the expert's text, %")):
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    grid[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "figure4.svg")
+
+
+def sizes(cells: Cells, seeds: list[int]) -> None:
+    small = Cells(cells.out / "small", cells.pool._max_workers, "models/tiny-household-small")
+    labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
+    runs = {}
+    for size, of in (("0.25M", small), ("0.85M", cells)):
+        runs |= {f"SFT, {size}": [of.add(of.sft(s, TEST)[0]) for s in seeds]}
+        runs |= {f"{label}, {size}": [of.method(label, s, TEST) for s in seeds] for label in labels}
+    small.wait()
+    cells.wait()
+    write("sizes", *table(runs, "SFT+, 0.85M", TEST.split(",")))
+
+
+def experts(cells: Cells, seeds: list[int]) -> None:
+    labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
+    counts = (150, 300, 600)
+    runs = {(label, n): [cells.method(label, s, TEST, "--practice-experts", str(n), tag=f"_n{n}") if n != 600 else cells.method(label, s, TEST)
+                         for s in seeds] for label in labels for n in counts}
+    base = [cells.add(cells.sft(s, TEST)[0]) for s in seeds]
+    cells.wait()
+    success = lambda paths: np.concatenate([(rewards({"": paths}, s)[""] >= 1).astype(float) for s in TEST.split(",")], 1)
+    figures = {label: {n: [float((success(runs[label, n]) - success(base)).mean()), *interval(success(runs[label, n]) - success(base))]
+                       for n in counts} for label in labels}
+    lines = [f"Points of success above SFT, paired, {len(seeds)} seed{'s' * (len(seeds) > 1)}, 600 test tasks; SFT has 700 demonstrations of its own.",
+             "", "| demonstrations practised | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:+.1f} [{100 * x[1]:+.1f}, {100 * x[2]:+.1f}]" for x in f.values()) + " |"
+              for label, f in figures.items()]
+    write("experts", lines, figures)
+
+
+def carry(cells: Cells, seeds: list[int]) -> None:
+    """Along each policy's own greedy test episodes: how often its action is the one that the scripted expert takes in that very state."""
+    runs = {"SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]} | {
+        label: [cells.method(label, s, TEST) for s in seeds] for label in ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")}
+    cells.wait()
+    figures, lines = {}, ["Share of greedy actions that equal the scripted expert's in the same state, in %: at the expert's states (along its own "
+                          "demonstrations of the test tasks nothing is practised; so these are the states before the agent first differs) and "
+                          "at those after it.", "",
+                          "| policy | before the first difference: turns until it | after it: the expert's action, % | of these turns, after "
+                          "\"Nothing happens.\", % |", "|---|---|---|---|"]
+    for label, paths in runs.items():
+        until, equal, after, stuck = [], 0, 0, 0
+        for path in paths:
+            for split in TEST.split(","):
+                for episode in rows(Path(path, f"eval/final_{split}.jsonl")):
+                    same, nothing = along(episode["steps"])
+                    first = same.index(False) if False in same else len(same)
+                    until.append(first)
+                    equal, after, stuck = equal + sum(same[first + 1:]), after + len(same[first + 1:]), stuck + sum(nothing[first + 1:])
+        figures[label] = {"turns_until": float(np.mean(until)), "equal_after": equal / after, "stuck": stuck / after}
+        lines.append(f"| {label} | {np.mean(until):.2f} | {100 * equal / after:.1f} | {100 * stuck / after:.1f} |")
+    write("carry", lines, figures)
+
+
+def along(steps: list[dict]) -> tuple[list[bool], list[bool]]:
+    """For each turn of an agent's household episode: is its action the expert's, who has read the same; did "Nothing happens." precede it."""
+    expert, same, nothing = HouseholdExpert(steps[0]["observation"]), [], []
+    for n, step in enumerate(steps):
+        nothing.append(step["observation"] == "Nothing happens.")
+        if not nothing[-1]:
+            expert.read(step["observation"])
+        try:
+            _, wanted = expert.decide()
+        except StopIteration:                        # it has looked everywhere: nothing that it would do
+            wanted = None
+        action = parse_action(step["action"])
+        same.append(action == wanted)
+        follows = steps[n + 1]["observation"] if n + 1 < len(steps) else "Nothing happens."
+        if action and action.lower().startswith("go to ") and follows != "Nothing happens.":
+            expert.place, expert.closed = action.lower()[6:], False
+    return same, nothing
+
+
+# ------------------------------------------------------------------------------------------------------------------ results
+
+class plot:
+    """with plot(name, x, y) as axes: ...   saves experiments/results/name.svg"""
+
+    def __init__(self, name: str, x: str, y: str):
+        self.name, (self.figure, self.axes) = name, plt.subplots(figsize=(5, 3.2), layout="constrained")
+        self.axes.set(xlabel=x, ylabel=y)
+
+    def __enter__(self):
+        return self.axes
+
+    def __exit__(self, *_):
+        self.axes.grid(alpha=0.3)
+        self.figure.savefig(RESULTS / f"{self.name}.svg")
+
+
+def write(name: str, lines: list[str], figures: dict) -> None:
+    for suffix, text in ((".md", "\n".join(lines) + "\n"), (".json", json.dumps(figures, indent=1) + "\n")):
+        beside = RESULTS / f"{name}{suffix}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, RESULTS / f"{name}{suffix}")
+    print("\n".join(lines), flush=True)
+
+
+PARTS = {f.__name__: f for f in (tune, table2, table3, figure4, sizes, experts, carry)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*PARTS, "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: 0 1 2 3 4)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                        help="runs at once, one thread each (default: the number of cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the runs live (default: runs/reproduce)")
+    args = parser.parse_args()
+    cells = Cells((ROOT / args.out).resolve(), args.jobs)
+    for name in PARTS if args.what == "all" else [args.what]:
+        PARTS[name](cells, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
