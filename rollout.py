@@ -350,14 +350,14 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     return Scores(sums[:n], sums[n:], logps[:t], logps[t:], *entropies, lengths[:n], lengths[n:], ends["state"], ends["trunk"], ends["leaf"])
 
 
-def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0) -> list[Tensor]:
-    """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows` (0: 2^23 logits, 32 MiB in fp32,
-    but 256 rows at least): N x V logits never exist at once, and with several chunks the backward pass computes them again."""
+def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0, most: int = 2 ** 25) -> list[Tensor]:
+    """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows` (0: 2^21 logits, which a cache holds,
+    but 256 rows at least). More than `most` logits in all (128 MiB in fp32) never exist at once: the backward pass computes them again."""
     def part(h, t):
         logits = model.lm_head(h)
         return (token_logps(logits, t), entropy(logits)) if with_entropy else (token_logps(logits, t),)
-    rows = rows or max(256, 2 ** 23 // model.config.vocab_size)
-    again = torch.is_grad_enabled() and len(targets) > rows
+    rows = rows or max(256, 2 ** 21 // model.config.vocab_size)
+    again = torch.is_grad_enabled() and len(targets) * model.config.vocab_size > most
     parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
              for h, t in zip(hidden.split(rows), targets.split(rows))]
     return [torch.cat(x) for x in zip(*parts)]
@@ -374,7 +374,7 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
     cdf = torch.softmax(logits / heat, -1).double().cumsum(-1)
     drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+    return drawn if (temperature > 0).all() else torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 class LeafCache:
@@ -398,7 +398,8 @@ class LeafCache:
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
         limit = self.prefix.new_zeros(len(alive), self.slots)
         limit[self.owner, self.slot] = self.prefix
-        self.limit = limit[:, None, :, None, None]                       # [N, 1, W, 1, 1] against positions [L]
+        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions, longest prefix
+        self.blocks = [(x[:, None, :, None, None], int(x.max())) for x in limit.split(-(-self.slots // 4), 1)]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:
@@ -418,14 +419,17 @@ class LeafCache:
         keys, values = self.trunks[layer]                                                      # [N, H_kv, L, D]
         seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
         seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
-        flat = seated.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                  # [N, H_kv, W * G, D]
-        scores = (flat @ keys.transpose(2, 3)).float().view(len(keys), k.shape[1], self.slots, -1, keys.shape[2])
-        far = torch.arange(keys.shape[2], device=q.device)
-        hidden = far >= self.limit
-        if window:
-            hidden = hidden | (far <= self.limit + self.length - window)
-        scores.masked_fill_(hidden, -1e30)                                                     # finite: a row may see no trunk
-        out, lse = _weigh(scores.flatten(2, 3), values)                                        # [N, H_kv, W * G, D]
+        outs = []
+        for (limit, longest), some in zip(self.blocks, seated.split(self.blocks[0][0].shape[2], 1)):
+            flat = some.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                # [N, H_kv, W/4 * G, D]
+            scores = (flat @ keys[:, :, :longest].transpose(2, 3)).float().unflatten(2, (limit.shape[2], -1))
+            far = torch.arange(longest, device=q.device)
+            hidden = far >= limit
+            if window:
+                hidden = hidden | (far <= limit + self.length - window)
+            scores.masked_fill_(hidden, -1e30)                                                 # finite: a row may see no trunk
+            outs.append(_weigh(scores.flatten(2, 3), values[:, :, :longest]))
+        out, lse = (torch.cat(x, 2) for x in zip(*outs))
         out, lse = (x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.owner, self.slot] for x in (out, lse))
         share = torch.sigmoid(lse - own_lse).to(v.dtype)
         return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
