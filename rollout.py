@@ -21,7 +21,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from types import MethodType
 
 import numpy as np
 import torch
@@ -179,15 +180,27 @@ AttentionInterface.register("trunk_and_leaves", _tree_attention)
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Switch the model to tree attention, for good (gradient checkpointing reads the setting again in the backward pass)."""
+    """Switch the model to tree attention, for good (gradient checkpointing reads the setting again in the backward pass), and its last
+    layer to wanted tokens."""
     if model.config.model_type not in SUPPORTED:
         raise InputError(f"model family {model.config.model_type!r} is not supported; use one of {', '.join(SUPPORTED)}")
     if model.config._attn_implementation != "trunk_and_leaves":
         model.set_attn_implementation("trunk_and_leaves")
+        model.model.layers[-1].forward = MethodType(_last_layer, model.model.layers[-1])
+
+
+def _last_layer(layer, hidden_states: Tensor, *, tree=None, **more) -> Tensor:
+    """The forward pass of the families' decoder layers, but only the tokens that a Packed row wants go on after attention: of all others
+    nobody reads more than keys and values."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), tree=tree, **more)
+    hidden_states = hidden_states + attended
+    if isinstance(tree, Packed):
+        hidden_states = hidden_states[:, tree.rows]
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Tensor:
-    """Last hidden states [R, T, d] of ids [R, T]; the output head runs later, at scored positions only."""
+    """Last hidden states [R, T, d] of ids [R, T], of a Packed row [1, wanted, d]; the output head runs later, at scored positions."""
     return model.model(input_ids=ids, position_ids=positions, use_cache=False, tree=tree).last_hidden_state
 
 
@@ -214,45 +227,65 @@ def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
 
 
 class Packed:
-    """Who sees whom in one packed row [trunk, leaves, trunk, leaves, ...]: per trajectory one causal call over its trunk, and per
-    step with leaves one call over [its prefix, its leaves]. No L x L mask unless a sliding window is shorter than the trunk."""
+    """Who sees whom in one packed row [trunk, leaves of step 1, leaves of step 2, .., trunk, ..]. One attention call is (trunk, first,
+    end, start, leaves, lengths): queries are the trunk's tokens [first, end) and the leaves of the step at `start`; keys are the
+    trunk's tokens [0, end) and these leaves. All layers but the last take one causal call over each trunk, [0, its length), and one for
+    each step's leaves. The last layer, whose output is wanted at few tokens, takes one for each step: the state's last token, the
+    expert's action, the leaves. No L x L mask unless a sliding window is shorter than the trunk."""
 
-    def __init__(self, pieces: Iterable[tuple] = (), keep: bool = False):
-        self.pieces: list[tuple] = list(pieces)      # ("trunk", length) | ("leaves", number of the trunk's piece, prefix, lengths)
+    def __init__(self, model: PreTrainedModel, keep: bool = False):
+        self.last_layer, self.device = model.config.num_hidden_layers - 1, model.device
+        self.sizes: list[int] = []                   # of the pieces of the row: trunks, leaves of a step
+        self.calls: dict[bool, list[tuple]] = {False: [], True: []}      # last layer? -> its calls
+        self.wanted: list[int] = []                  # the row's tokens whose last hidden state is wanted, in the last layer's order
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None        # layer -> keys, values (prefill)
         self._masks: dict[tuple, Tensor] = {}        # the layers share them
+
+    def add(self, length: int, steps: Iterable[tuple[int, int, tuple[int, ...]]]) -> None:
+        """A trajectory: the length of its trunk and, for each step, (start, end, lengths of its leaves). Wanted are, step by step, the
+        trunk's tokens [start - 1, end) and the leaves."""
+        at, trunk, done = sum(self.sizes), len(self.sizes), 0
+        self.sizes.append(length)
+        self.calls[False].append((trunk, 0, length, 0, 0, ()))
+        for start, end, lengths in steps:
+            first, leaves, begin = max(start - 1, done), len(self.sizes), sum(self.sizes)        # without observation: wanted once
+            self.wanted += [*range(at + first, at + end), *range(begin, begin + sum(lengths))]
+            self.calls[True].append((trunk, first, end, start, leaves, lengths))
+            if lengths:
+                self.sizes.append(sum(lengths))
+                self.calls[False].append((trunk, start, start, start, leaves, lengths))
+            done = end
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return torch.tensor(self.wanted, device=self.device)
 
     def attend(self, layer, q, k, v, scaling, window):
         if self.kept is not None:
             self.kept[layer] = (k, v)
-        sizes = [piece[1] if piece[0] == "trunk" else sum(piece[3]) for piece in self.pieces]
-        qs, ks, vs = (x.split(sizes, 2) for x in (q, k, v))              # not slices: the gradient of each would be a full row of zeros
-        out = []
-        for piece, q, k, v in zip(self.pieces, qs, ks, vs):
-            if piece[0] == "trunk":
-                mask = self._mask(piece, window, q.device) if window and piece[1] > window else None
-                out.append(_sdpa(q, k, v, scaling, mask, causal=mask is None))
-            else:
-                _, trunk, prefix, _ = piece
-                keys, values = (torch.cat([x[trunk][:, :, :prefix], own], 2) for x, own in ((ks, k), (vs, v)))
-                out.append(_sdpa(q, keys, values, scaling, self._mask(piece, window, q.device)))
-        return torch.cat(out, 2)
+        last, out = layer == self.last_layer, []
+        calls = self.calls[last]
+        ks, vs = k.split(self.sizes, 2), v.split(self.sizes, 2)          # not slices: the gradient of each would be a full row of zeros
+        qs = (q[:, :, self.rows] if last else q).split([end - first + sum(lengths) for _, first, end, _, _, lengths in calls], 2)
+        for call, own in zip(calls, qs):
+            trunk, first, end, _, leaves, lengths = call
+            keys, values = (torch.cat([x[trunk][:, :, :end], x[leaves]], 2) if lengths else x[trunk][:, :, :end] for x in (ks, vs))
+            plain = first == 0 and not lengths and not (window and end > window)
+            out.append(_sdpa(own, keys, values, scaling, None if plain else self._mask(call, window), causal=plain))
+        made = torch.cat(out, 2)
+        return torch.zeros_like(q).index_copy(2, self.rows, made) if last else made
 
-    def _mask(self, piece, window, device) -> Tensor:
+    def _mask(self, call, window) -> Tensor:
         """True where a query (row) sees a key (column)."""
-        if (piece, window) not in self._masks:
-            if piece[0] == "trunk":
-                q_pos = k_pos = torch.arange(piece[1], device=device)
-                same = True
-            else:
-                _, _, prefix, lengths = piece
-                q_pos = torch.cat([torch.arange(prefix, prefix + n, device=device) for n in lengths])
-                leaf = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
-                k_pos = torch.cat([torch.arange(prefix, device=device), q_pos])
-                same = (leaf[:, None] == torch.cat([leaf.new_full((prefix,), -1), leaf])) | (k_pos < prefix)
-            mask = same & (k_pos <= q_pos[:, None])
-            self._masks[piece, window] = mask & (k_pos > q_pos[:, None] - window) if window else mask
-        return self._masks[piece, window]
+        if (call, window) not in self._masks:
+            _, first, end, start, _, lengths = call
+            own = [(start + t, j) for j, n in enumerate(lengths) for t in range(n)]              # (position, leaf); leaf -1: the trunk
+            table = lambda rows: torch.tensor(rows, device=self.device).unbind(1)
+            (q_pos, q_leaf), (k_pos, k_leaf) = (table([(t, -1) for t in range(a, end)] + own) for a in (first, 0))
+            mask = (q_leaf[:, None] == k_leaf) | ((k_leaf == -1) & (k_pos < start))
+            mask &= k_pos <= q_pos[:, None]
+            self._masks[call, window] = mask & (k_pos > q_pos[:, None] - window) if window else mask
+        return self._masks[call, window]
 
 
 # -------------------------------------------------------------------------------------------------------------------- scoring
@@ -282,54 +315,51 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     use_tree_attention(model)
     leaves = leaves if leaves is not None else [[] for _ in encoded]
     assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} lists of leaves"
-    tree, ids, positions = Packed(), [], []
-    rows: dict[str, list] = {"trunk": [], "leaf": []}                   # per action: (rows that predict its tokens, its token ids)
+    tree, ids, positions = Packed(model), [], []
+    rows: dict[str, list] = {"trunk": [], "leaf": []}                   # per action: (tokens that predict its tokens, its token ids)
     last: dict[str, list[int]] = {"state": [], "trunk": [], "leaf": []}
     for item, own in zip(encoded, leaves):
-        t0 = len(ids)
-        trunk = len(tree.pieces)
-        tree.pieces.append(("trunk", len(item.ids)))
+        t0, steps, placed = len(ids), [], {}
         ids += item.ids
         positions += range(len(item.ids))
-        for start, end in item.spans:
+        for step, (start, end) in enumerate(item.spans):
             rows["trunk"].append((range(t0 + start - 1, t0 + end - 1), item.ids[start:end]))
             last["state"].append(t0 + start - 1)
             last["trunk"].append(t0 + end - 1)
-        placed: dict[int, tuple] = {}
-        for step in sorted({step for step, _ in own}):                   # the leaves of a step lie side by side
-            mine, start = [j for j, (s, _) in enumerate(own) if s == step], item.spans[step][0]
-            tree.pieces.append(("leaves", trunk, start, tuple(len(own[j][1]) for j in mine)))
+            mine = [j for j, (s, _) in enumerate(own) if s == step]      # the leaves of a step lie side by side
+            steps.append((start, end, tuple(len(own[j][1]) for j in mine)))
             for j in mine:
                 leaf, a = own[j][1], len(ids)
                 assert leaf, f"empty practice action at step {step} of {item.task_id}"
                 placed[j] = ([t0 + start - 1, *range(a, a + len(leaf) - 1)], leaf, a + len(leaf) - 1)
                 ids += leaf
                 positions += range(start, start + len(leaf))
+        tree.add(len(item.ids), steps)
         rows["leaf"] += [placed[j][:2] for j in range(len(own))]
         last["leaf"] += [placed[j][2] for j in range(len(own))]
-    device = model.device
+    device, at = model.device, {token: j for j, token in enumerate(tree.wanted)}
     hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
     both = rows["trunk"] + rows["leaf"]
-    select = torch.tensor([r for predict, _ in both for r in predict], device=device)
+    select = torch.tensor([at[r] for predict, _ in both for r in predict], device=device)
     targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
     logps, *more = _head(model, hidden[select], targets, with_entropy)
     lengths = [len(tokens) for _, tokens in both]
     owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
     sums = logps.new_zeros(len(both)).index_add(0, owner, logps)
     n, t = len(rows["trunk"]), sum(lengths[:len(rows["trunk"])])
-    at = {name: hidden[torch.tensor(index, device=device, dtype=torch.long)] for name, index in last.items()}
+    ends = {name: hidden[torch.tensor([at[r] for r in index], device=device, dtype=torch.long)] for name, index in last.items()}
     entropies = (more[0][:t], more[0][t:]) if with_entropy else (None, None)
-    return Scores(sums[:n], sums[n:], logps[:t], logps[t:], *entropies, lengths[:n], lengths[n:], at["state"], at["trunk"], at["leaf"])
+    return Scores(sums[:n], sums[n:], logps[:t], logps[t:], *entropies, lengths[:n], lengths[n:], ends["state"], ends["trunk"], ends["leaf"])
 
 
-def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0) -> list[Tensor]:
-    """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows` (0: 2^23 logits, 32 MiB in fp32,
-    but 256 rows at least): N x V logits never exist at once, and with several chunks the backward pass computes them again."""
+def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0, most: int = 2 ** 25) -> list[Tensor]:
+    """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows` (0: 2^21 logits, which a cache holds,
+    but 256 rows at least). More than `most` logits in all (128 MiB in fp32) never exist at once: the backward pass computes them again."""
     def part(h, t):
         logits = model.lm_head(h)
         return (token_logps(logits, t), entropy(logits)) if with_entropy else (token_logps(logits, t),)
-    rows = rows or max(256, 2 ** 23 // model.config.vocab_size)
-    again = torch.is_grad_enabled() and len(targets) > rows
+    rows = rows or max(256, 2 ** 21 // model.config.vocab_size)
+    again = torch.is_grad_enabled() and len(targets) * model.config.vocab_size > most
     parts = [checkpoint(part, h, t, use_reentrant=False) if again else part(h, t)
              for h, t in zip(hidden.split(rows), targets.split(rows))]
     return [torch.cat(x) for x in zip(*parts)]
@@ -346,7 +376,7 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
     cdf = torch.softmax(logits / heat, -1).double().cumsum(-1)
     drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+    return drawn if (temperature > 0).all() else torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 class LeafCache:
@@ -370,7 +400,8 @@ class LeafCache:
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
         limit = self.prefix.new_zeros(len(alive), self.slots)
         limit[self.owner, self.slot] = self.prefix
-        self.limit = limit[:, None, :, None, None]                       # [N, 1, W, 1, 1] against positions [L]
+        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions, longest prefix
+        self.blocks = [(x[:, None, :, None, None], int(x.max())) for x in limit.split(-(-self.slots // 4), 1)]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:
@@ -390,14 +421,17 @@ class LeafCache:
         keys, values = self.trunks[layer]                                                      # [N, H_kv, L, D]
         seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
         seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
-        flat = seated.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                  # [N, H_kv, W * G, D]
-        scores = (flat @ keys.transpose(2, 3)).float().view(len(keys), k.shape[1], self.slots, -1, keys.shape[2])
-        far = torch.arange(keys.shape[2], device=q.device)
-        hidden = far >= self.limit
-        if window:
-            hidden = hidden | (far <= self.limit + self.length - window)
-        scores.masked_fill_(hidden, -1e30)                                                     # finite: a row may see no trunk
-        out, lse = _weigh(scores.flatten(2, 3), values)                                        # [N, H_kv, W * G, D]
+        outs = []
+        for (limit, longest), some in zip(self.blocks, seated.split(self.blocks[0][0].shape[2], 1)):
+            flat = some.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                # [N, H_kv, W/4 * G, D]
+            scores = (flat @ keys[:, :, :longest].transpose(2, 3)).float().unflatten(2, (limit.shape[2], -1))
+            far = torch.arange(longest, device=q.device)
+            hidden = far >= limit
+            if window:
+                hidden = hidden | (far <= limit + self.length - window)
+            scores.masked_fill_(hidden, -1e30)                                                 # finite: a row may see no trunk
+            outs.append(_weigh(scores.flatten(2, 3), values[:, :, :longest]))
+        out, lse = (torch.cat(x, 2) for x in zip(*outs))
         out, lse = (x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.owner, self.slot] for x in (out, lse))
         share = torch.sigmoid(lse - own_lse).to(v.dtype)
         return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
@@ -433,12 +467,14 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     trunks, states, prefix, owner, noise = defaultdict(list), [], [], [], []
     ends = [item.spans[-1][0] for item in encoded]                       # prefill: each trunk up to its last state
     for group in grouped(range(len(encoded)), lambda j: ends[j], prefill_tokens):
-        tree = Packed([("trunk", ends[j]) for j in group], keep=True)
+        tree = Packed(model, keep=True)
+        for j in group:
+            tree.add(ends[j], [(start, start, ()) for start, _ in encoded[j].spans])
         ids = torch.tensor([[token for j in group for token in encoded[j].ids[:ends[j]]]], device=device)
-        hidden = _forward(model, ids, torch.tensor([[t for j in group for t in range(ends[j])]], device=device), tree)[0]
-        for j, of_trunk in zip(group, hidden.split([ends[j] for j in group])):
+        positions = torch.tensor([[t for j in group for t in range(ends[j])]], device=device)
+        states.append(_forward(model, ids, positions, tree)[0].repeat_interleave(k, 0))          # wanted: each state's last token
+        for j in group:
             starts = [start for start, _ in encoded[j].spans for _ in range(k)]
-            states.append(of_trunk[torch.tensor(starts, device=device) - 1])
             prefix += starts
             owner += [j] * len(starts)
             noise.append(torch.rand(len(starts), max_new_tokens, generator=gens[j], dtype=torch.float64))

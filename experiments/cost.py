@@ -9,7 +9,8 @@ positions; n steps, s_i: tokens of state i, A: of an action. Practice actions ar
 
 FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S       W weights in the layers' matrices, L layers, H heads, V vocabulary
             training = 4 x forward: forward, backward 2, recomputation 1 (checkpointing): 8 a weight and token, 6 without recomputation
-            (an upper bound: torch leaves out each layer's last matrix when it recomputes, 7.5 for these models)
+            (an upper bound: torch leaves out each layer's last matrix when it recomputes, 7.5 for these models; and the last
+            layer, here counted in full, computes only scored positions after its keys and values: up to 1/L less)
             prefill  T = s_n shared; K sum_i s_i separate (decoding: nK (A - 1) tokens either way)
             scoring  T = s_n + A + nKA shared; separate: 2 K sum_i (s_i + A) implicit, (1 + K) sum_i (s_i + A) inverse
             reflection T = as scoring; separate and inverse: K sum_i (s_i + A). Inverse: twice.
@@ -23,7 +24,7 @@ Time        compute: FLOPs / (40% of 989 TFLOP/s). A decode step: the larger of 
 H100-hours  GPUs x wall time, idle GPUs included
 Memory      the larger of training = 16 bytes a weight (fp32 weight, gradient, two moments) + bf16 copy + activations of a micro-batch of
             8192 tokens, 4 L d + 12 I + 26 d + 8 H d_head + 4 H_kv d_head bytes each (layer inputs; inside of one layer, I intermediate)
-            + 24 bytes x 2^23, at least 256 V (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
+            + 24 bytes x 2^21, at least 256 V (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
             Replicated is the code today. Sharded is FSDP: 16 and 4 divided by the GPUs; the bf16 copy is two layers, embedding and
             head in training, whole in inspection. CUDA context, NCCL and fragmentation are left out.
 """
@@ -201,7 +202,7 @@ def memory(shape: Shape, b: Benchmark, k: int, gpus: int, sharded: bool) -> floa
     """Peak bytes per GPU, trunk shared."""
     p, split = shape.parameters, gpus if sharded else 1
     copy = 2 * p if split == 1 else 2 * (2 * shape.layer + 2 * shape.vocab * shape.hidden)
-    train = 16 * p / split + copy + MICRO * shape.activation_bytes + LOGIT_BYTES * max(2 ** 23, 256 * shape.vocab)
+    train = 16 * p / split + copy + MICRO * shape.activation_bytes + LOGIT_BYTES * max(2 ** 21, 256 * shape.vocab)
     return max(train, 4 * p / split + 2 * p + kv(shape, b, k, True))
 
 

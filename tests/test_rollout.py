@@ -137,18 +137,19 @@ def test_entropies_are_computed_only_when_asked():
     assert score(tiny.model(), example()[0]).trunk_entropy.requires_grad
 
 
-def test_the_head_in_chunks_is_the_head_at_once(monkeypatch):
+@pytest.mark.parametrize("most, times", [(0, 2), (10 ** 9, 1)])
+def test_the_head_in_chunks_is_the_head_at_once(monkeypatch, most, times):
     model, (encoded, leaves) = tiny.model(), example()
     s = score(model, encoded, leaves)
     plain = gradients(model, of_scores(s))
     calls = []
     model.lm_head.register_forward_hook(lambda _, args, out: calls.append(len(out)))
-    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7))
+    monkeypatch.setattr(rollout._head, "__defaults__", (True, 7, most))
     t = score(model, encoded, leaves)
     assert max(calls) == 7 and sum(calls) == len(s.trunk_tokens) + len(s.leaf_tokens)
     assert close(t.trunk_tokens, s.trunk_tokens, 1e-6) and close(t.leaf_entropy, s.leaf_entropy, 1e-6)
     assert same_gradients(gradients(model, of_scores(t)), plain)
-    assert sum(calls) == 2 * (len(s.trunk_tokens) + len(s.leaf_tokens))  # no logits are kept for the backward pass
+    assert sum(calls) == times * (len(s.trunk_tokens) + len(s.leaf_tokens))      # too many logits are not kept for the backward pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)
