@@ -376,7 +376,10 @@ def test_halves_that_take_turns_play_the_same_episodes():
 def test_a_slow_world_answers_while_the_other_half_writes():
     model, tokenizer = talker()
     passes, seen = [0], []
-    model.model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    def count(*_):
+        time.sleep(0.05)                                                 # a model that takes its time: the world's thread gets to run
+        passes[0] += 1
+    model.model.register_forward_hook(count)
 
     class Episode(ParrotEpisode):
         def step(self, text):
