@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model HuggingFaceTB/SmolLM2-1.7B-Instruct \\
              --method stepagent-inverse --out runs/y
 
-`main` is Algorithm 1. The same command again continues after the last finished phase. Where the paper is silent or contradicts
-itself, we read it as follows:
+`main` is Algorithm 1; what StepAgent is compared with lives in compared.py. The same command again continues after the last finished
+phase. Where the paper is silent or contradicts itself, we read it as follows:
 
  1. Sign of D. D = P(expert). Eq. 11 minimised as it stands is unbounded; D minimises the cross-entropy -E_expert[log D] -
     E_agent[log(1 - D)] and the reward is log D, which rises with expert-likeness. Eq. 9-10 label D the other way round (log D a
@@ -37,6 +37,11 @@ itself, we read it as follows:
     beyond it. Real models have the usual 0.1 with the paper's 5e-7; `tiny`, at rates a hundred times as high, has 1.
 13. The paper practises the trajectories that SFT learnt from. `tiny` memorises those, and practice would only repeat them: there SFT
     takes the first 700 and practice the last 600 (--sft-experts, --practice-experts). Real models keep the paper's one set.
+14. Table 3's `final` and `both` play whole episodes (compared.py says how rewards are made): GAE over turns, a truncated episode is
+    bootstrapped, the value head reads the state's last token, never the action's. `--method ppo` is the same code with `final`.
+15. Table 3's `final` row equals Table 2's ETO row for Llama-3 digit for digit, and section 7.2's 67.2 and 63.6 are StepAgent-Implicit's
+    scores: we cite the tables as they are. SPIN is described as adding successful trajectories; we implement SPIN's own paper.
+    ScienceWorld's test split has 241 tasks in the paper, 211 in ETO's index file.
 """
 from __future__ import annotations
 
