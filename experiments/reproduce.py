@@ -42,11 +42,11 @@ DEV, TEST = "dev,dev_more", "test,test_unseen"
 METHODS = {
     "SFT+": ["--method", "sft+"],
     "PPO": ["--method", "ppo", "--batch", "256"],
-    "DPO": ["--method", "dpo", "--batch", "13"],
+    "DPO": ["--method", "dpo", "--batch", "13", "--beta", "0.1"],
     "RFT": ["--method", "rft", "--sft-epochs", "6"],
-    "SPIN": ["--method", "spin", "--batch", "13"],
+    "SPIN": ["--method", "spin", "--batch", "13", "--beta", "0.1", "--iterations", "3"],
     "NAT": ["--method", "nat", "--sft-epochs", "4"],
-    "ETO": ["--method", "eto", "--batch", "13"],
+    "ETO": ["--method", "eto", "--batch", "13", "--beta", "0.1", "--iterations", "3"],
     "StepAgent-Implicit": ["--method", "stepagent-implicit"],
     "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
 }
