@@ -977,12 +977,12 @@ class Titles:
         for word in _words(name):
             place = bisect.bisect(self.vocabulary, word)
             for w in [word] if word in self.having else self.vocabulary[max(0, place - 3):place + 3]:
-                alike = len(os.path.commonprefix([w, word])) / max(len(w), len(word))
+                alike = (1 + len(os.path.commonprefix([w, word]))) / (1 + max(len(w), len(word)))
                 weights[w] = max(weights.get(w, 0), alike * math.log(1 + len(self.titles) / len(self.having[w])))
         scores: Counter = Counter()
         for word in sorted(weights, key=lambda w: len(self.having[w])):
             having = self.having[word]                               # common words only add to what rare ones found
-            for i in having if not scores or len(having) <= self.COMMON else scores.keys() & set(having):
+            for i in having if len(scores) < 5 or len(having) <= self.COMMON else scores.keys() & set(having):
                 scores[i] += weights[word]
         best = heapq.nsmallest(5, scores, key=lambda i: (-scores[i] / (len(weights) + self.sizes[i]), i))
         return [self.titles[i] for i in best]
