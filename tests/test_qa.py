@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from envs import (QA, QA_BENCHMARKS, Titles, answer_f1, load_trajectories, make_env, normalize_answer, parse_action, parse_call,
+from envs import (QA, QA_BENCHMARKS, Question, Titles, answer_f1, load_trajectories, make_env, normalize_answer, parse_action, parse_call,
                   prompt_messages, render)
 from rollout import InputError
 
@@ -180,7 +180,7 @@ def test_normalisation_is_the_official_one(text, normal):
 
 @pytest.mark.parametrize("answer, gold, squad, f1", [
     ("the cat sat", "cat", False, 2 / 3), ("cat cat", "cat", False, 2 / 3), ("dog", "cat", False, 0), ("The Cat.", "cat", False, 1),
-    ("yes", "yes", False, 1), ("yes it is", "yes", False, 0), ("no", "no way", False, 0), ("noanswer", "answer", False, 0),
+    ("yes", "yes", False, 1), ("yes it is", "yes", False, 0), ("no", "no way", False, 0), ("noanswer given", "noanswer", False, 0),
     ("yes it is", "yes", True, 0.5), ("the", "a", False, 0), ("the", "a", True, 1), ("the", "cat", True, 0), ("Zoë K.", "zoë", True, 2 / 3)])
 def test_f1_by_hand(answer, gold, squad, f1):
     assert answer_f1(answer, gold, squad) == pytest.approx(f1) == pytest.approx(answer_f1(gold, answer, squad))
@@ -253,6 +253,8 @@ def test_exact_spelling_wins_over_loose(tmp_path):
 def test_the_question_s_own_paragraphs_come_first_then_the_first_in_the_files(worlds):
     hot, mus = worlds["hotpotqa"], worlds["musique"]
     assert search(hot, "h8", "Shared") == "Told by 8." and search(hot, "h3", "shared") == "Told by 3."
+    assert worlds["2wikimultihopqa"].search(Question("", [""], "", {}, []), "film 3A") == "Film 3a is here. Its director is Ann a3."
+    assert hot.search(Question("", [""], "", {}, []), "Shared") == "Told by 0."
     assert search(mus, "2hop__4_4", "Capital") == "First of 4.\nTown 4 has the mayor Zoë 4."
     assert search(mus, "2hop__4_4", "Land 12") == "The capital of Land 12 is Town 12."
 
@@ -272,6 +274,7 @@ def test_common_words_add_to_rare_ones_and_do_for_want_of_them(monkeypatch):
     before = [titles.similar(name) for name in asked]
     assert before[1][0] == "The Red Fox" and set(before[2][:3]) == {"Red Hen", "The Red", "Red Owl"} and all(len(found) >= 5 for found in before[:3])
     monkeypatch.setattr(Titles, "COMMON", 2)
+    assert len(titles.similar("bee red")) == 5
     assert [titles.similar(name)[:2] for name in asked] == [found[:2] for found in before]
 
 
@@ -302,6 +305,32 @@ def test_the_expert_s_plays_read_as_they_should(worlds):
         "Action: Finish[Film 4b]"]
     assert plays("musique", "2hop__4_4")[1][0] == ("Thought: I have found this: Town 4. I want to know this: who is mayor of Town 4? "
                                                    "The question names Capital.")
+
+
+def test_the_order_of_pages_is_one_that_a_reader_could_follow(tmp_path):
+    def add(rows):
+        rows[2]["context"] += [["Zed", ["Nobody names me."]]]
+        rows[2]["supporting_facts"] = [["Zed", 0], ["Brook 12 (river)", 0], ["Brook 12 (river)", 1], ["Aville 12", 0], ["Aville 12", 1]]
+        return rows
+    env = make_env("hotpotqa", data=write(tmp_path, "hotpotqa", change=add))
+    plays = [s.action for s in env.expert("h12").steps]
+    assert [p.split("Action: ")[1] for p in plays] == ["Search[Aville 12]", "Search[Brook 12 (river)]", "Search[Zed]", "Finish[12 miles]"]
+    assert "It lies on the Brook 12 (river). I have read of Brook" in plays[1] and "Nothing so far names the page. I try Zed." in plays[2]
+
+
+def test_a_sentence_with_the_answer_is_quoted_rather_than_the_first(tmp_path):
+    facts = [["Aville 12", 1], ["Brook 12 (river)", 0], ["Brook 12 (river)", 1]]
+    env = make_env("hotpotqa", data=write(tmp_path, "hotpotqa", change=lambda rows: rows[:2] + [rows[2] | {"supporting_facts": facts}] + rows[3:]))
+    assert "Thought: I read about Brook 12 (river): It is 12 miles long. So" in env.expert("h12").steps[-1].action
+
+
+def test_a_page_is_read_once_and_later_questions_use_every_earlier_answer(tmp_path):
+    def add(rows):
+        rows[0]["question_decomposition"] += [{"question": "what joins #1 and #2?", "answer": "Rail", "paragraph_support_idx": 0}]
+        return rows
+    env = make_env("musique", data=write(tmp_path, "musique", change=add))
+    [*_, last] = shown = env.expert("2hop__10_10").steps
+    assert len(shown) == 3 and "I want to know this: what joins Town 10 and Zoë 10? I have found this: Rail. So" in last.action
 
 
 def test_where_a_marked_page_is_missing_there_is_no_expert(tmp_path):
