@@ -24,7 +24,6 @@ import hashlib
 import heapq
 import html
 import inspect
-import itertools
 import json
 import math
 import os
@@ -77,9 +76,9 @@ def load_trajectories(path: str) -> list[Trajectory]:
       instruction and the "OK" that answers it become the prompt as they stand, never supervised; the task and everything
       after it become steps. A last human turn is the world's final word, which no action answers: it is left out.
       Without "reward" the trajectory counts as a success (1.0), as ETO keeps only those.
-    - FireAct's ReAct plays, a JSON list of {"instruction": the question, "output": "Thought: ..\\nAction: search[..]\\nObservation:
-      ..", ...}: the question becomes the task id and the first observation, the environment gives the prompt. Only plays whose last
-      observation does not say "reward = False" (FireAct's exact match) are kept.
+    - FireAct's ReAct plays, a JSON list of {"instruction": the question, "output": "Thought: ..\\nAction: search[..]\\n
+      Observation: ..", ...}: the question becomes the task id and the first observation, the environment gives the prompt. Plays
+      whose last observation says "reward = False" (no exact match) are left out.
     - our own JSONL, as save_trajectories writes it."""
     text = _contents(path, "a trajectory file")
     if not text.strip():
@@ -205,13 +204,15 @@ def _read_fireact(row: dict, where: str) -> Trajectory:
     for i, part in enumerate(parts):
         turn = re.search(r"(?ms)^(?:Thought:\s*(.*?)\n)?Action:\s*(.*?)\s*\Z", part)
         if turn is None:                                             # after the last action there is only the world's final word
-            _need(i == len(parts) - 1, where, f"'output' has no action before observation {i}; write Thought: .., Action: .., Observation: ..")
+            _need(i == len(parts) - 1, where,
+                  f"'output' has no action before observation {i}; write Thought: .., Action: .., Observation: ..")
             break
         call = parse_call(parse_action(f"Action: {turn[2]}"))
         _need(call is not None, where, f"action {i} is neither search[..] nor finish[..] (it is {turn[2][:40]!r})")
         thought = " ".join((turn[1] or "").split())
         steps.append(Step(told[i], f"Thought: {thought}\nAction: {call[0].capitalize()}[{call[1]}]"))
-    _need(not steps or steps[-1].action.rsplit("Action: ", 1)[1].startswith("Finish["), where, "does not end with finish[answer]; remove the row")
+    _need(not steps or steps[-1].action.rsplit("Action: ", 1)[1].startswith("Finish["), where,
+          "does not end with finish[answer]; remove the row")
     return Trajectory(question, [], steps, 0.0 if "reward = False" in parts[-1] else 1.0, False)
 
 
@@ -806,7 +807,7 @@ def _stop(simulators: list) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# HotpotQA (Yang et al., 2018), 2WikiMultihopQA (Ho et al., 2020), MuSiQue (Trivedi et al., 2022): questions over the files' own pages
+# HotpotQA (Yang et al., 2018), 2WikiMultihopQA (Ho et al., 2020), MuSiQue (Trivedi et al., 2022)
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Question:
@@ -814,7 +815,7 @@ class Question:
     answers: list[str]                                               # the answer, then its aliases (MuSiQue)
     kind: str                                                        # the task type
     pages: dict[str, str]                                            # title -> this question's own paragraphs of that title
-    hops: list[tuple[str, str, str]]                                 # the expert's (title, what it wants to know, what it read there)
+    hops: list[tuple[str, str, str]]                                 # the expert's: title, what it wants to know, what it read
 
 
 def _clean(text: str) -> str:
@@ -833,8 +834,8 @@ def _pairs(row: dict, key: str, where: str, fits, shape: str) -> list[tuple[str,
 
 def _context(row: dict, where: str) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
     """title -> sentences, and title -> numbers of its supporting sentences."""
-    pages, facts = {}, {}
-    for title, sentences in _pairs(row, "context", where, lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x), "[sentence, ...]"):
+    pages, facts, texts = {}, {}, lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)
+    for title, sentences in _pairs(row, "context", where, texts, "[sentence, ...]"):
         pages.setdefault(title, []).extend(sentences)
     for title, number in _pairs(row, "supporting_facts", where, lambda x: type(x) is int, "sentence number"):
         facts.setdefault(title, []).append(number)
@@ -847,7 +848,7 @@ def named(title: str, text: str) -> bool:
 
 
 def _read_hotpot(row: dict, where: str) -> Question:
-    """The expert's order: first a page that the question or a page read before names. It quotes one supporting sentence of each."""
+    """The expert's order: pages that the question or a page read before names come first. It quotes one marked sentence of each."""
     text, answer, (sentences, facts) = _text(row, "question", where), _text(row, "answer", where), _context(row, where)
     pages, todo, hops, read = {t: _clean(" ".join(s)) for t, s in sentences.items()}, list(facts), [], text
     while todo:
@@ -862,8 +863,8 @@ def _read_hotpot(row: dict, where: str) -> Question:
 
 
 def _read_2wiki(row: dict, where: str) -> Question:
-    """The expert's order: the evidences, (subject, relation, object), each read on its subject's page. The titles of the pages are in
-    the supporting facts, in the same order."""
+    """The expert's order: the evidences, (subject, relation, object), each read on its subject's page. Its title is in the
+    supporting facts, which have the same order."""
     (pages, facts), evidences = _context(row, where), row.get("evidences")
     _need(isinstance(evidences, list) and all(isinstance(e, list) and len(e) == 3 and all(isinstance(x, str) for x in e)
                                               for e in evidences), where, "'evidences' is missing or not a list of triples of text")
@@ -886,7 +887,9 @@ def _read_musique(row: dict, where: str) -> Question:
     for part, at in _items(row, "question_decomposition", where):
         place = part.get("paragraph_support_idx")
         _need(type(place) is int and 0 <= place < len(titles), at, "'paragraph_support_idx' is not the number of a paragraph")
-        asked = re.sub("#([0-9])", lambda m: answers[int(m[1]) - 1] if 0 < int(m[1]) <= len(answers) else m[0], _text(part, "question", at))
+        asked = _text(part, "question", at)
+        for n, answer in enumerate(answers, 1):
+            asked = asked.replace(f"#{n}", answer)
         subject, arrow, relation = asked.partition(" >> ")
         wanted = f"I want to know this about {subject}: {relation}." if arrow else f"I want to know this: {asked.rstrip('?')}?"
         answers.append(_text(part, "answer", at))
@@ -897,7 +900,7 @@ def _read_musique(row: dict, where: str) -> Question:
     return Question(_text(row, "question", where), [_text(row, "answer", where), *aliases], hop[0], pages, hops)
 
 
-QA_BENCHMARKS = {                                                    # reader, {split: (official file, pattern that finds samples, too)}, source
+QA_BENCHMARKS = {                                                    # reader, {file: (official name, pattern for samples)}, source
     "hotpotqa": (_read_hotpot, {"train": ("hotpot_train_v1.1.json", "hotpot_train*.json"),
                                 "dev": ("hotpot_dev_distractor_v1.json", "hotpot_dev_distractor*.json")}, "hotpotqa.github.io"),
     "2wikimultihopqa": (_read_2wiki, {"train": ("train.json", "train*.json"), "dev": ("dev.json", "dev*.json")},
@@ -905,7 +908,7 @@ QA_BENCHMARKS = {                                                    # reader, {
     "musique": (_read_musique, {"train": ("musique_ans_v1.0_train.jsonl", "musique_ans*train*.jsonl"),
                                 "dev": ("musique_ans_v1.0_dev.jsonl", "musique_ans*dev*.jsonl")}, "github.com/StonyBrookNLP/musique"),
 }
-QA_PAPER = {                                                         # Table 1; of HotpotQA's 90,447 / 7,405 / 7,405 so many are used
+QA_PAPER = {                                                         # Table 1; used of HotpotQA's 90,447 / 7,405 / 7,405
     "hotpotqa": {"train": 5000, "dev": 500, "test": 500, "turns": 7.0},
     "2wikimultihopqa": {"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},
     "musique": {"train": 19938, "dev": 2417, "test": 2417, "turns": 7.8},
@@ -931,13 +934,18 @@ def answer_f1(answer: str, gold: str, squad: bool = False) -> float:
 
 
 def parse_call(action: str | None) -> tuple[str, str] | None:
-    """("search" | "finish", its argument), or None. The bracket may hold brackets; what follows its end is ignored, and a missing end
-    is forgiven."""
+    """("search" | "finish", its argument), or None. The bracket may hold brackets; what follows its end is ignored, and a missing
+    end is forgiven."""
     match = re.match(r"(search|finish)\s*\[(.*)", action or "", re.IGNORECASE)
     if not match:
         return None
-    depths = itertools.accumulate(((c == "[") - (c == "]") for c in match[2]), initial=1)        # before each character
-    argument = "".join(c for c, _ in itertools.takewhile(lambda pair: pair[1], zip(match[2], itertools.islice(depths, 1, None)))).strip()
+    argument, depth = match[2], 1
+    for i, c in enumerate(argument):
+        depth += (c == "[") - (c == "]")
+        if depth == 0:
+            argument = argument[:i]
+            break
+    argument = argument.strip()
     return (match[1].lower(), argument) if argument else None
 
 
@@ -971,8 +979,8 @@ class Titles:
         return self.exact.get(_key(name)) or (self.loose.get(words) if words else None)
 
     def similar(self, name: str) -> list[str]:
-        """The five titles that share most words with the name, rare ones counting more, and have few others. An unknown word counts
-        as its neighbours in the alphabet, by the share of letters that they begin with alike."""
+        """The five titles that share most words with the name, rare ones counting more, and have few others. An unknown word
+        counts as its neighbours in the alphabet, by the share of letters that they begin with alike."""
         weights: dict[str, float] = {}
         for word in _words(name):
             place = bisect.bisect(self.vocabulary, word)
@@ -1030,18 +1038,20 @@ class QA:
         "You have 12 turns. Reply each time with:\nThought: your reasoning\nAction: your action")
 
     def __init__(self, name: str, data: str | None = None, train_from_dev: int = 0):
-        _need(type(train_from_dev) is int and train_from_dev >= 0, name, f"train_from_dev must be a whole number, not {train_from_dev!r}")
+        _need(type(train_from_dev) is int and train_from_dev >= 0, name,
+              f"train_from_dev must be a whole number, not {train_from_dev!r}")
         self.name, self.paper, self.questions, root = name, QA_PAPER[name], {}, os.environ.get("STEPAGENT_DATA")
         reader, self.files, source = QA_BENCHMARKS[name]
-        self.folder = data or (os.path.join(root, name) if root else None)
+        self.folder = str(data) if data else (os.path.join(root, name) if root else None)
         official = " and ".join(file for file, _ in self.files.values())
-        _need(bool(self.folder), name, f"no data; download {official} from {source} into a folder and give it as data=FOLDER "
-              f"(or put them into {name}/ of the folder named by the variable STEPAGENT_DATA)")
+        _need(bool(self.folder), name, f"no data; download {official} from {source} into a folder and give it as data=FOLDER (or put "
+              f"them into {name}/ of the folder named by the variable STEPAGENT_DATA)")
         paths = {split: self.file(split) for split in ("train", "dev")}
         _need(bool(paths["dev"] and (paths["train"] or train_from_dev)), name,
               f"{self.folder} has no {self.files['train' if paths['dev'] else 'dev'][0]}; download {official} from "
               f"{source} into it" + ", or take N train questions from the dev file: train_from_dev=N" * bool(paths["dev"]))
-        _need(not (paths["train"] and train_from_dev), name, f"train_from_dev is for want of a train file, but {paths['train']} is there")
+        _need(not (paths["train"] and train_from_dev), name,
+              f"train_from_dev is for want of a train file, but {paths['train']} is there")
         self.pages: dict[str, str] = {}
         rows = {split: self.rows(path) for split, path in paths.items() if path}
         order = {split: sorted(ids, key=lambda i: hashlib.sha1(i.encode()).hexdigest()) for split, ids in rows.items()}
@@ -1077,7 +1087,8 @@ class QA:
         """id -> (row, its place for error messages)."""
         text, rows, first = _contents(path, "a file of questions"), {}, {}
         if path.endswith(".jsonl"):
-            entries = [(f"{path}, line {i}", _json(line, f"{path}, line {i}")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            entries = [(where, _json(line, where)) for where, line in lines]
         else:
             entries = _json(text, path)
             _need(isinstance(entries, list), path, "is not a JSON list of questions")
@@ -1092,11 +1103,12 @@ class QA:
     @functools.cached_property
     def example(self) -> str:
         """The shortest play among the first 100 train questions."""
-        return min((render(t) for t in map(self.expert, self.splits["train"][:100]) if t and t.reward == 1), key=len)
+        return min((render(t) for t in map(self.expert, self.splits["train"][:100]) if t and t.reward == 1), key=len,
+                   default="")
 
     def question(self, task_id: str) -> Question:
-        _need(task_id in self.questions, self.name, f"there is no task {task_id!r}; tasks are the ids of the files' questions, such as "
-              f"{self.splits['train'][0]}")
+        _need(task_id in self.questions, self.name,
+              f"there is no task {task_id!r}; tasks are the ids of the files' questions, such as {self.splits['train'][0]}")
         return self.questions[task_id]
 
     def max_steps(self, task_id: str) -> int:
@@ -1106,9 +1118,9 @@ class QA:
         return self.question(task_id).kind
 
     def search(self, question: Question, name: str) -> str:
-        title = self.titles.find(name)
+        title = name if name in self.pages else self.titles.find(name)             # "HALO" and "Halo" may be two pages
         if title is None:
-            return f"There is no page {_clean(name)}. Similar titles: {'; '.join(self.titles.similar(name))}."
+            return f"There is no page {_clean(name)}. Similar titles: {'; '.join(self.titles.similar(name)) or 'none'}."
         return question.pages.get(title) or self.pages[title]
 
     def start(self, task_id: str) -> tuple[QAEpisode, str]:

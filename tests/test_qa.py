@@ -244,10 +244,11 @@ def test_titles_are_found_in_spite_of_case_accents_and_punctuation(worlds):
 
 def test_exact_spelling_wins_over_loose(tmp_path):
     def add(rows):
-        rows[0]["context"] += [["C", ["A letter."]], ["C++", ["A language."]], ["c#", ["Another."]], ["!!!", ["A band."]]]
+        rows[0]["context"] += [["C", ["A letter."]], ["C++", ["A language."]], ["HALO", ["A code."]], ["Halo", ["A ring."]], ["c#", ["Another."]], ["!!!", ["A band."]]]
         return rows
     env = make_env("hotpotqa", data=write(tmp_path, "hotpotqa", change=add))
-    assert [search(env, "h1", t) for t in ("c", "C++", "C#", "!!!", "c.")] == ["A letter.", "A language.", "Another.", "A band.", "A letter."]
+    assert [search(env, "h1", t) for t in ("c", "C++", "C#", "!!!", "c.", "HALO", "Halo")] == [
+        "A letter.", "A language.", "Another.", "A band.", "A letter.", "A code.", "A ring."]
 
 
 def test_the_question_s_own_paragraphs_come_first_then_the_first_in_the_files(worlds):
@@ -265,7 +266,7 @@ def test_no_such_page_lists_the_five_most_similar(worlds):
     assert told.startswith("There is no page Aville. Similar titles: Aville ") and told.count(";") == 4 and told.count("Aville") == 6
     assert env.titles.similar("Sand of 7")[0] == "Rock & Sand 7" and env.titles.similar("the brook (river) 16")[0] == "Brook 16 (river)"
     assert len(env.titles.similar("qqq")) == 5 and env.titles.similar("Avile")[0].startswith("Aville")
-    assert env.titles.similar("!?") == []
+    assert search(env, "h2", "!?") == "There is no page !?. Similar titles: none."
 
 
 def test_common_words_add_to_rare_ones_and_do_for_want_of_them(monkeypatch):
