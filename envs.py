@@ -16,18 +16,28 @@ Bad input (an unknown name or task, a broken file) raises InputError, one line l
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import functools
+import glob
+import hashlib
+import heapq
+import html
 import inspect
 import json
+import math
 import os
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
+import unicodedata
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollout import InputError, Step, Trajectory, stable_seed
 
@@ -66,19 +76,17 @@ def load_trajectories(path: str) -> list[Trajectory]:
       instruction and the "OK" that answers it become the prompt as they stand, never supervised; the task and everything
       after it become steps. A last human turn is the world's final word, which no action answers: it is left out.
       Without "reward" the trajectory counts as a success (1.0), as ETO keeps only those.
+    - FireAct's ReAct plays, a JSON list of {"instruction": the question, "output": "Thought: ..\\nAction: search[..]\\n
+      Observation: ..", ...}: the question becomes the task id and the first observation, the environment gives the prompt. Plays
+      whose last observation says "reward = False" (no exact match) are left out.
     - our own JSONL, as save_trajectories writes it."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
-    except (OSError, ValueError) as error:                           # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); give the path of a trajectory file") from None
+    text = _contents(path, "a trajectory file")
     if not text.strip():
         raise InputError(f"{path}: empty; expected ETO's JSON list or JSONL with one trajectory a line")
     if text.lstrip().startswith("["):
-        rows, read = [(f"entry {i}", row) for i, row in enumerate(_json(text, path))], _read_conversation
+        rows = [(f"entry {i}", row) for i, row in enumerate(_json(text, path))]
+        fireact = bool(rows) and isinstance(rows[0][1], dict) and "output" in rows[0][1]
+        read = _read_fireact if fireact else _read_conversation
     else:
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows, read = [(name, _json(line, f"{path}, {name}")) for name, line in lines], _read_own
@@ -96,7 +104,9 @@ def load_trajectories(path: str) -> list[Trajectory]:
         _need(trajectory.task_id not in first, where, f"repeats the id {trajectory.task_id!r} of "
               f"{first.get(trajectory.task_id)}; keep one trajectory for each task")
         first[trajectory.task_id] = name
-        trajectories.append(trajectory)
+        if read is not _read_fireact or trajectory.reward == 1:
+            trajectories.append(trajectory)
+    _need(bool(trajectories), path, "no play in it ends with the right answer; give a file of successful ones")
     return trajectories
 
 
@@ -118,6 +128,17 @@ def save_trajectories(path: str, trajectories: list[Trajectory]) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _contents(path: str, what: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except (OSError, ValueError) as error:                           # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); give the path of {what}") from None
 
 
 def _need(condition: bool, where: str, problem: str) -> None:
@@ -172,6 +193,27 @@ def _read_conversation(row: dict, where: str) -> Trajectory:
     prompt = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": turns[1]}]
     steps = [Step(observation, action) for observation, action in zip(turns[2::2], turns[3::2])]
     return Trajectory(task_id, prompt, steps, _reward(row, where) if "reward" in row else 1.0, False)
+
+
+def _read_fireact(row: dict, where: str) -> Trajectory:
+    question, output = _text(row, "instruction", where).strip(), _text(row, "output", where)
+    _need(question != "", where, "'instruction' is empty; it must be the question")
+    parts = re.split(r"(?m)^Observation:", output)
+    told = [f"Question: {question}", *(part.split("\nThought:")[0].split("\nAction:")[0].strip() for part in parts[1:])]
+    steps = []
+    for i, part in enumerate(parts):
+        turn = re.search(r"(?ms)^(?:Thought:\s*(.*?)\n)?Action:\s*(.*?)\s*\Z", part)
+        if turn is None:                                             # after the last action there is only the world's final word
+            _need(i == len(parts) - 1, where,
+                  f"'output' has no action before observation {i}; write Thought: .., Action: .., Observation: ..")
+            break
+        call = parse_call(parse_action(f"Action: {turn[2]}"))
+        _need(call is not None, where, f"action {i} is neither search[..] nor finish[..] (it is {turn[2][:40]!r})")
+        thought = " ".join((turn[1] or "").split())
+        steps.append(Step(told[i], f"Thought: {thought}\nAction: {call[0].capitalize()}[{call[1]}]"))
+    _need(not steps or steps[-1].action.rsplit("Action: ", 1)[1].startswith("Finish["), where,
+          "does not end with finish[answer]; remove the row")
+    return Trajectory(question, [], steps, 0.0 if "reward = False" in parts[-1] else 1.0, False)
 
 
 def _read_own(row: dict, where: str) -> Trajectory:
@@ -764,7 +806,357 @@ def _stop(simulators: list) -> None:
         simulator._gateway.java_process.wait()
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld}
+# ---------------------------------------------------------------------------------------------------------------------
+# HotpotQA (Yang et al., 2018), 2WikiMultihopQA (Ho et al., 2020), MuSiQue (Trivedi et al., 2022)
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Question:
+    text: str
+    answers: list[str]                                               # the answer, then its aliases (MuSiQue)
+    kind: str                                                        # the task type
+    pages: dict[str, str]                                            # title -> this question's own paragraphs of that title
+    hops: list[tuple[str, str, str]]                                 # the expert's: title, what it wants to know, what it read
+
+
+def _clean(text: str) -> str:
+    """On one line, with HTML entities resolved (HotpotQA's titles have them)."""
+    return " ".join(re.sub(r"&#?\w+;", lambda m: html.unescape(m[0]), text).split())
+
+
+def _pairs(row: dict, key: str, where: str, fits, shape: str) -> list[tuple[str, Any]]:
+    """HotpotQA's and 2Wiki's lists of [title, something], titles cleaned."""
+    _need(isinstance(row.get(key), list), where, f"{key!r} is missing or not a list")
+    for i, pair in enumerate(row[key]):
+        _need(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and fits(pair[1]), where,
+              f"{key}[{i}] is not [title, {shape}]")
+    return [(_clean(title), thing) for title, thing in row[key]]
+
+
+def _context(row: dict, where: str) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
+    """title -> sentences, and title -> numbers of its supporting sentences."""
+    pages, facts, texts = {}, {}, lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)
+    for title, sentences in _pairs(row, "context", where, texts, "[sentence, ...]"):
+        pages.setdefault(title, []).extend(sentences)
+    for title, number in _pairs(row, "supporting_facts", where, lambda x: type(x) is int, "sentence number"):
+        facts.setdefault(title, []).append(number)
+    return pages, facts
+
+
+def named(title: str, text: str) -> bool:
+    """Whether a text names a page; "(film)" and the like need not be there."""
+    return re.sub(r" \([^()]*\)$", "", title).lower() in text.lower()
+
+
+def _read_hotpot(row: dict, where: str) -> Question:
+    """The expert's order: pages that the question or a page read before names come first. It quotes one marked sentence of each."""
+    text, answer, (sentences, facts) = _text(row, "question", where), _text(row, "answer", where), _context(row, where)
+    pages, todo, hops, read = {t: _clean(" ".join(s)) for t, s in sentences.items()}, list(facts), [], text
+    while todo:
+        title = next((t for t in todo if named(t, read)), todo[0])
+        todo.remove(title)
+        read += pages.get(title, "")
+        marked = [sentences[title][n] for n in facts[title] if 0 <= n < len(sentences[title])] if title in pages else []
+        telling = [s for s in marked if any(named(t, s) for t in todo) or not todo and named(answer, s)] + marked
+        hops.append((title, "", f"I read about {title}: {_clean(telling[0])}" if telling else f"I have read about {title}."))
+    kind = f"{_text(row, 'type', where)} {_text(row, 'level', where)}"
+    return Question(text, [answer], kind, pages, hops)
+
+
+def _read_2wiki(row: dict, where: str) -> Question:
+    """The expert's order: the evidences, (subject, relation, object), each read on its subject's page. Its title is in the
+    supporting facts, which have the same order."""
+    (pages, facts), evidences = _context(row, where), row.get("evidences")
+    _need(isinstance(evidences, list) and all(isinstance(e, list) and len(e) == 3 and all(isinstance(x, str) for x in e)
+                                              for e in evidences), where, "'evidences' is missing or not a list of triples of text")
+    titles = list(facts) or [subject for subject, _, _ in evidences]
+    hops = []
+    for i, (subject, relation, thing) in enumerate(evidences):
+        title = subject if subject in titles else titles[min(i, len(titles) - 1)]
+        hops.append((title, f"I want to know the {relation} of {title}.", f"The {relation} of {title} is {thing}."))
+    return Question(_text(row, "question", where), [_text(row, "answer", where)], _text(row, "type", where),
+                    {t: _clean(" ".join(s)) for t, s in pages.items()}, hops)
+
+
+def _read_musique(row: dict, where: str) -> Question:
+    """The expert's order: the decomposition, whose later questions use the earlier answers as #1, #2, .."""
+    _need(row.get("answerable", True) is True, where, "'answerable' is not true; use the musique_ans files")
+    paragraphs, pages, answers, hops = _items(row, "paragraphs", where), {}, [], []
+    titles = [_clean(_text(p, "title", at)) for p, at in paragraphs]
+    for title, (p, at) in zip(titles, paragraphs):
+        pages[title] = f"{pages.get(title, '')}\n{_clean(_text(p, 'paragraph_text', at))}".strip()
+    for part, at in _items(row, "question_decomposition", where):
+        place = part.get("paragraph_support_idx")
+        _need(type(place) is int and 0 <= place < len(titles), at, "'paragraph_support_idx' is not the number of a paragraph")
+        asked = _text(part, "question", at)
+        for n, answer in enumerate(answers, 1):
+            asked = asked.replace(f"#{n}", answer)
+        subject, arrow, relation = asked.partition(" >> ")
+        wanted = f"I want to know this about {subject}: {relation}." if arrow else f"I want to know this: {asked.rstrip('?')}?"
+        answers.append(_text(part, "answer", at))
+        hops.append((titles[place], wanted, f"I have found this: {answers[-1]}."))
+    aliases, hop = row.get("answer_aliases", []), re.match("[0-9]hop", _text(row, "id", where))
+    _need(isinstance(aliases, list) and all(isinstance(a, str) for a in aliases), where, "'answer_aliases' is not a list of text")
+    _need(hop is not None, where, f"the id {row['id']!r} does not start with the number of hops, as in 2hop__1_2")
+    return Question(_text(row, "question", where), [_text(row, "answer", where), *aliases], hop[0], pages, hops)
+
+
+QA_BENCHMARKS = {                                                    # reader, {file: (official name, pattern for samples)}, source
+    "hotpotqa": (_read_hotpot, {"train": ("hotpot_train_v1.1.json", "hotpot_train*.json"),
+                                "dev": ("hotpot_dev_distractor_v1.json", "hotpot_dev_distractor*.json")}, "hotpotqa.github.io"),
+    "2wikimultihopqa": (_read_2wiki, {"train": ("train.json", "train*.json"), "dev": ("dev.json", "dev*.json")},
+                        "github.com/Alab-NII/2wikimultihop"),
+    "musique": (_read_musique, {"train": ("musique_ans_v1.0_train.jsonl", "musique_ans*train*.jsonl"),
+                                "dev": ("musique_ans_v1.0_dev.jsonl", "musique_ans*dev*.jsonl")}, "github.com/StonyBrookNLP/musique"),
+}
+QA_PAPER = {                                                         # Table 1; used of HotpotQA's 90,447 / 7,405 / 7,405
+    "hotpotqa": {"train": 5000, "dev": 500, "test": 500, "turns": 7.0},
+    "2wikimultihopqa": {"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},
+    "musique": {"train": 19938, "dev": 2417, "test": 2417, "turns": 7.8},
+}
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's: lower case, no ASCII punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(answer: str, gold: str, squad: bool = False) -> float:
+    """F1 of the bags of normalised words. HotpotQA's and 2Wiki's scripts give yes, no and noanswer nothing in part and an answer
+    without words nothing at all; squad: MuSiQue's has no such words, and no words match no words."""
+    answer, gold = normalize_answer(answer), normalize_answer(gold)
+    a, g = answer.split(), gold.split()
+    if not a or not g:
+        return float(squad and a == g)
+    if answer != gold and not squad and {answer, gold} & {"yes", "no", "noanswer"}:
+        return 0.0
+    return 2 * sum((Counter(a) & Counter(g)).values()) / (len(a) + len(g))
+
+
+def parse_call(action: str | None) -> tuple[str, str] | None:
+    """("search" | "finish", its argument), or None. The bracket may hold brackets; what follows its end is ignored, and a missing
+    end is forgiven."""
+    match = re.match(r"(search|finish)\s*\[(.*)", action or "", re.IGNORECASE)
+    if not match:
+        return None
+    argument, depth = match[2], 1
+    for i, c in enumerate(argument):
+        depth += (c == "[") - (c == "]")
+        if depth == 0:
+            argument = argument[:i]
+            break
+    argument = argument.strip()
+    return (match[1].lower(), argument) if argument else None
+
+
+def _key(title: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", title).casefold().split())
+
+
+def _words(title: str) -> list[str]:
+    """Lower-case words without accents."""
+    return re.findall(r"\w+", "".join(c for c in unicodedata.normalize("NFKD", title.casefold()) if not unicodedata.combining(c)))
+
+
+class Titles:
+    """All titles, to be found by name or by likeness. A dictionary of words, built once, then only read."""
+    COMMON = 5000                                                    # a word in more titles than this says little, and is slow
+
+    def __init__(self, titles: list[str]):
+        self.titles, self.exact, self.loose, self.having, self.sizes = titles, {}, {}, {}, []
+        for i, title in enumerate(titles):
+            words = list(dict.fromkeys(_words(title)))
+            self.exact.setdefault(_key(title), title)
+            self.loose.setdefault(" ".join(_words(title)), title)
+            self.sizes.append(len(words))
+            for word in words:
+                self.having.setdefault(word, []).append(i)
+        self.vocabulary = sorted(self.having)
+
+    def find(self, name: str) -> str | None:
+        """The title of that name: letter for letter but for case, else but for punctuation and accents (the first such)."""
+        words = " ".join(_words(name))
+        return self.exact.get(_key(name)) or (self.loose.get(words) if words else None)
+
+    def similar(self, name: str) -> list[str]:
+        """The five titles that share most words with the name, rare ones counting more, and have few others. An unknown word
+        counts as its neighbours in the alphabet, by the share of letters that they begin with alike."""
+        weights: dict[str, float] = {}
+        for word in _words(name):
+            place = bisect.bisect(self.vocabulary, word)
+            for w in [word] if word in self.having else self.vocabulary[max(0, place - 3):place + 3]:
+                alike = (1 + len(os.path.commonprefix([w, word]))) / (1 + max(len(w), len(word)))
+                weights[w] = max(weights.get(w, 0), alike * math.log(1 + len(self.titles) / len(self.having[w])))
+        scores: Counter = Counter()
+        for word in sorted(weights, key=lambda w: len(self.having[w])):
+            having = self.having[word]                               # common words only add to what rare ones found
+            for i in having if len(scores) < 5 or len(having) <= self.COMMON else scores.keys() & set(having):
+                scores[i] += weights[word]
+        best = heapq.nsmallest(5, scores, key=lambda i: (-scores[i] / (len(weights) + self.sizes[i]), i))
+        return [self.titles[i] for i in best]
+
+
+@dataclass
+class QAEpisode:
+    world: QA
+    question: Question
+    reward: float = 0.0
+    f1: float = 0.0
+    over: bool = False
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. An action that is neither a search nor an answer changes nothing. f1 is 0 until there is an answer."""
+        call = None if self.over else parse_call(parse_action(text))
+        if call is None:
+            observation = "The question is already answered." if self.over else \
+                "That is not an action. Write Search[entity] or Finish[answer]."
+        elif call[0] == "search":
+            observation = self.world.search(self.question, call[1])
+        else:
+            answers, squad = self.question.answers, self.world.name == "musique"
+            self.reward = float(any(normalize_answer(call[1]) == normalize_answer(a) for a in answers))
+            self.f1, self.over = max(answer_f1(call[1], a, squad) for a in answers), True
+            observation = f"Your answer is {'right' if self.reward else 'wrong'}."
+        return observation, self.reward, self.over, {"valid": call is not None, "f1": self.f1}
+
+
+class QA:
+    """Questions that need several pages. Searches run over all paragraphs of the files. Where several share a title, one sees those
+    that belong to the question, else those of the first question that has the title. Task ids are the files' own.
+    data: the folder of the files, by default the benchmark's own in the folder named by STEPAGENT_DATA. train: 5,000 questions of the
+    train file; dev, test: 500 each of the dev file (of a smaller one, a half each), all in the order of their ids' sha1.
+    train_from_dev: for want of a train file, takes that many questions of the dev file for train, before dev and test."""
+
+    SIZES = {"train": 5000, "dev": 500, "test": 500}
+    instruction = (
+        "You answer a question with the help of an encyclopedia. The answer takes several pages. You see a page's first paragraph "
+        "only when you search for it.\n"
+        "Your actions:\n"
+        "Search[entity]: reads the page with this title; if there is none, lists the five most similar titles\n"
+        "Finish[answer]: gives your answer and ends. The answer is a name, a date, a number or a short phrase from the pages, "
+        "or yes or no: the words alone, no sentence\n"
+        "You have 12 turns. Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def __init__(self, name: str, data: str | None = None, train_from_dev: int = 0):
+        _need(type(train_from_dev) is int and train_from_dev >= 0, name,
+              f"train_from_dev must be a whole number, not {train_from_dev!r}")
+        self.name, self.paper, self.questions, root = name, QA_PAPER[name], {}, os.environ.get("STEPAGENT_DATA")
+        reader, self.files, source = QA_BENCHMARKS[name]
+        self.folder = str(data) if data else (os.path.join(root, name) if root else None)
+        official = " and ".join(file for file, _ in self.files.values())
+        _need(bool(self.folder), name, f"no data; download {official} from {source} into a folder and give it as data=FOLDER (or put "
+              f"them into {name}/ of the folder named by the variable STEPAGENT_DATA)")
+        paths = {split: self.file(split) for split in ("train", "dev")}
+        _need(bool(paths["dev"] and (paths["train"] or train_from_dev)), name,
+              f"{self.folder} has no {self.files['train' if paths['dev'] else 'dev'][0]}; download {official} from "
+              f"{source} into it" + ", or take N train questions from the dev file: train_from_dev=N" * bool(paths["dev"]))
+        _need(not (paths["train"] and train_from_dev), name,
+              f"train_from_dev is for want of a train file, but {paths['train']} is there")
+        self.pages: dict[str, str] = {}
+        rows = {split: self.rows(path) for split, path in paths.items() if path}
+        order = {split: sorted(ids, key=lambda i: hashlib.sha1(i.encode()).hexdigest()) for split, ids in rows.items()}
+        train = order["train"][:self.SIZES["train"]] if "train" in order else order["dev"][:train_from_dev]
+        rest = order["dev"][len(train) * ("train" not in order):]
+        half = min(self.SIZES["dev"], len(rest) // 2)
+        self.splits = {"train": train, "dev": rest[:half], "test": rest[half:half + self.SIZES["test"]]}
+        _need(all(self.splits.values()), name, f"the dev file has {len(order['dev'])} questions: too few; each split needs one")
+        chosen = set().union(*self.splits.values())
+        for split, path in paths.items():
+            while split in rows and rows[split]:                     # frees each row once read: the full files take gigabytes
+                task, (row, where) = next(iter(rows[split].items()))
+                del rows[split][task]
+                question = reader(row, where)
+                question.text, question.answers = _clean(question.text), [_clean(answer) for answer in question.answers]
+                _need(question.answers[0] != "", where, "'answer' is empty")
+                for title, text in question.pages.items():
+                    self.pages.setdefault(title, text)
+                if task in chosen:
+                    _need(task not in self.questions, where, f"the id {task!r} is also in the other file; keep it in one")
+                    self.questions[task] = question
+        self.titles = Titles(list(self.pages))
+
+    def file(self, split: str) -> str | None:
+        """The official file, or else the only one that looks like it."""
+        official, pattern = self.files[split]
+        found = sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern)))
+        exact = [path for path in found if os.path.basename(path) == official]
+        _need(len(exact or found) < 2, self.folder, f"has {len(found)} files like {pattern}; keep one, or name it {official}")
+        return (exact or found or [None])[0]
+
+    def rows(self, path: str) -> dict[str, tuple[dict, str]]:
+        """id -> (row, its place for error messages)."""
+        text, rows, first = _contents(path, "a file of questions"), {}, {}
+        if path.endswith(".jsonl"):
+            lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            entries = [(where, _json(line, where)) for where, line in lines]
+        else:
+            entries = _json(text, path)
+            _need(isinstance(entries, list), path, "is not a JSON list of questions")
+            entries = [(f"{path}, entry {i}", row) for i, row in enumerate(entries)]
+        for where, row in entries:
+            _need(isinstance(row, dict), where, "is not a JSON object; expected one question")
+            task = _text(row, "_id" if "_id" in row else "id", where)
+            _need(task not in rows, where, f"repeats the id {task!r} of {first.get(task)}; keep one")
+            rows[task], first[task] = (row, where), where.rsplit(", ", 1)[1]
+        return rows
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The shortest play among the first 100 train questions."""
+        return min((render(t) for t in map(self.expert, self.splits["train"][:100]) if t and t.reward == 1), key=len,
+                   default="")
+
+    def question(self, task_id: str) -> Question:
+        _need(task_id in self.questions, self.name,
+              f"there is no task {task_id!r}; tasks are the ids of the files' questions, such as {self.splits['train'][0]}")
+        return self.questions[task_id]
+
+    def max_steps(self, task_id: str) -> int:
+        return 12
+
+    def task_type(self, task_id: str) -> str:
+        return self.question(task_id).kind
+
+    def search(self, question: Question, name: str) -> str:
+        title = name if name in self.pages else self.titles.find(name)             # "HALO" and "Halo" may be two pages
+        if title is None:
+            return f"There is no page {_clean(name)}. Similar titles: {'; '.join(self.titles.similar(name)) or 'none'}."
+        return question.pages.get(title) or self.pages[title]
+
+    def start(self, task_id: str) -> tuple[QAEpisode, str]:
+        question = self.question(task_id)
+        return QAEpisode(self, question), f"Question: {question.text}"
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """Reads the pages that the annotators marked, in an order that a reader could follow. A thought says what the last page told,
+        what to find next, and whether the question or a page read so far names the next page. None: a marked page is missing."""
+        (episode, observation), trajectory = self.start(task_id), Trajectory(task_id)
+        question, read, facts, thought = episode.question, {}, [], []
+        if not question.hops or any(title not in question.pages for title, _, _ in question.hops):
+            return None
+        def act(action: str) -> str:
+            trajectory.steps.append(Step(observation, f"Thought: {_clean(' '.join(thought))}\nAction: {action}"))
+            told, trajectory.reward, _, _ = episode.step(trajectory.steps[-1].action)
+            return told
+        for title, wanted, fact in question.hops:
+            thought += [wanted] if wanted else []
+            if title not in read:
+                thought.append(f"The question names {title}." if named(title, question.text) else
+                               f"I have read of {title}." if named(title, " ".join([*read.values(), *facts])) else
+                               f"Nothing so far names the page. I try {title}.")
+                read[title] = observation = act(f"Search[{title}]")
+                thought = []
+            facts.append(fact)
+            thought.append(fact)
+        if "comparison" in question.kind:                            # weighs the last two facts against each other
+            thought = facts[-2:]
+        thought.append(f"So the answer is {question.answers[0]}.")
+        act(f"Finish[{question.answers[0]}]")
+        return trajectory
+
+
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld,
+                **{name: functools.partial(QA, name) for name in QA_BENCHMARKS}}
 
 
 def make_env(name: str, **options):
