@@ -104,7 +104,7 @@ class Config:
     # imitation, eq. 2-3
     sft_lr: float = option(1e-5, "SFT learning rate (paper)", tiny=2e-3)
     sft_batch: int = option(64, "trajectories per SFT update (paper)", tiny=8)
-    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=16)
+    sft_epochs: int = option(4, "passes over the expert data (paper)", tiny=8)
     warmup: float = option(0.03, "share of SFT updates with rising rate (paper); then cosine")
     # inspection, eq. 4-5
     iterations: int = option(-1, "iterations of Algorithm 1; -1 = the method's own: 7 for stepagent-inverse and ppo (paper's peak), 3 for "

@@ -34,7 +34,7 @@ from compare import cell, interval, rewards, rows, table  # noqa: E402
 from envs import HouseholdExpert, parse_action  # noqa: E402
 
 PASSES = (4, 8, 16, 32)                              # of SFT; START is where every method begins
-START = 16
+START = 8
 GRID = ("1.5e-5", "5e-5", "1.5e-4", "5e-4", "1.5e-3")
 DEV, TEST = "dev,dev_more", "test,test_unseen"
 # Options of each method beside its rate; a rate of None: it has none of its own (RFT and NAT train as SFT does, from the base model, with
@@ -43,9 +43,9 @@ METHODS = {
     "SFT+": ["--method", "sft+"],
     "PPO": ["--method", "ppo", "--batch", "256"],
     "DPO": ["--method", "dpo", "--batch", "13", "--beta", "0.1"],
-    "RFT": ["--method", "rft", "--sft-epochs", "6"],
+    "RFT": ["--method", "rft", "--sft-epochs", "3"],
     "SPIN": ["--method", "spin", "--batch", "13", "--beta", "0.1", "--iterations", "3"],
-    "NAT": ["--method", "nat", "--sft-epochs", "4"],
+    "NAT": ["--method", "nat", "--sft-epochs", "2"],
     "ETO": ["--method", "eto", "--batch", "13", "--beta", "0.1", "--iterations", "3"],
     "StepAgent-Implicit": ["--method", "stepagent-implicit"],
     "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
