@@ -18,7 +18,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import inspect
+import itertools
 import json
 import os
 import random
@@ -764,7 +767,344 @@ def _stop(simulators: list) -> None:
         simulator._gateway.java_process.wait()
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld}
+# ---------------------------------------------------------------------------------------------------------------------
+# webshop: shopping by instruction (Yao et al., 2022), over the official product files, as text pages
+# ---------------------------------------------------------------------------------------------------------------------
+WEBSHOP_FILES = (                                                    # full or small, in this order of preference
+    ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json", "eto_train_indices.json", "eto_test_indices.json"),
+    ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json"))
+WEBSHOP_PAGES = ("Description", "Features", "Reviews")
+# Colours that an option is reduced to (the first one it contains, in this order), so that "c1-black" is bought as "black".
+WEBSHOP_COLOURS = (
+    "apricot aqua beige black blue bronze brown burgundy champagne charcoal chocolate copper coral cream dark fuchsia gold gray "
+    "green grey indigo ivory khaki lavender light lilac lime magenta maroon mint mocha mustard natural navy nude olive orange "
+    "peach pink plum purple rainbow red rose rust sand silver tan taupe teal turquoise violet walnut white wine yellow").split()
+
+
+@dataclass(slots=True)
+class Product:
+    """A row of the product file. options: {name: [value, ...]}, in small letters; price: what it costs, where the tag says
+    "$9 to $12" one draw from it; pricing nothing means 100, as in WebShop."""
+    asin: str
+    name: str
+    description: str
+    features: list[str]
+    category: str
+    path: str                                                        # "Home & Kitchen › Furniture › ..."
+    query: str
+    options: dict[str, list[str]]
+    tag: str
+    price: float
+    attributes: list[str]
+
+
+@dataclass(slots=True)
+class ShoppingGoal:
+    product: Product                                                 # what the instruction was written about
+    text: str
+    attributes: list[str]
+    options: list[str]
+    price_upper: float
+
+
+def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) -> float:
+    """WebShop's reward of a purchase (section 3.1 there and its goal.py): r_type * (attributes + options hit + price kept) /
+    (attributes + options + 1). Two deviations: the types of two titles are compared by all their words, not by the nouns that
+    a language model finds; and options hit never count more than the goal has, so that the reward stays within 1."""
+    title, other = ({w for w in re.findall("[a-z]{3,}", p.name.lower())} - {"and", "for", "from", "the", "with"}
+                    for p in (goal.product, bought))
+    score = len(title & other) / len(title) if title else 0.2
+    paths = ({part.strip() for part in p.path.split("›")} for p in (goal.product, bought))
+    alike = bought.query == goal.product.query or len(set.intersection(*paths)) >= 2 or score > 0.2
+    r_type = 0.0 if score == 0 else 0.1 if score < 0.1 else 1.0 if alike else 0.5
+    texts = [bought.name.lower(), " ".join(bought.features).lower(), bought.description.lower()]
+    hits = sum(any(_similar(own, wanted) for own in bought.attributes) or any(wanted in text for text in texts)
+               for wanted in goal.attributes)
+    wishes, options = [_colour(option) for option in goal.options], 0
+    for name, value in chosen.items():
+        value = _colour(value)
+        fits = value in wishes if name == "size" else any(_similar(wish, value) for wish in wishes)
+        options += fits or any(value in text for text in texts)
+    hits += min(options, len(wishes)) + (bought.price <= goal.price_upper)
+    return r_type * hits / (len(goal.attributes) + len(wishes) + 1)
+
+
+def _colour(option: str) -> str:
+    return next((colour for colour in WEBSHOP_COLOURS if colour in option), option)
+
+
+def _similar(a: str, b: str) -> bool:
+    """WebShop's fuzzy match: thefuzz's token_set_ratio above 85, computed as thefuzz does."""
+    from rapidfuzz import fuzz, utils
+    return round(fuzz.token_set_ratio(a, b, processor=utils.default_process)) > 85
+
+
+def _button(text: str) -> str:
+    """A button's text in the form in which clicks are compared with it."""
+    return " ".join(text.replace("`", " ").lower().split())
+
+
+class WebShopEpisode:
+    """One shopping trip. A page is what WebShop's text mode shows, its parts separated by [SEP], and `buttons`, which maps the
+    text of what one can click there to what that does."""
+
+    def __init__(self, shop: WebShop, goal: ShoppingGoal):
+        self.shop, self.goal, self.reward, self.done = shop, goal, 0.0, False
+        self.home()
+
+    def home(self) -> None:
+        self.observation, self.buttons = f"WebShop [SEP] Instruction: [SEP] {self.goal.text} [SEP] Search", {}
+
+    def show(self, parts: list[str], buttons: dict) -> None:
+        self.observation = " [SEP] ".join(["Instruction:", self.goal.text, "Back to Search", *parts])
+        self.buttons = {"back to search": self.home, **{_button(text): press for text, press in buttons.items()}}
+
+    def results(self, found: list[Product], page: int = 0) -> None:
+        here, go = found[page * 10:page * 10 + 10], functools.partial(self.results, found)
+        arrows = {"< Prev": functools.partial(go, page - 1)} if page else {}
+        arrows |= {"Next >": functools.partial(go, page + 1)} if page * 10 + 10 < len(found) else {}
+        listed = [text for p in here for text in (p.asin, p.name, p.tag)]
+        self.show([f"Page {page + 1} (Total results: {len(found)})", *arrows, *listed],
+                  arrows | {p.asin: functools.partial(self.item, p, {}, functools.partial(go, page)) for p in here})
+
+    def item(self, p: Product, chosen: dict[str, str], back) -> None:
+        again = functools.partial(self.item, p, back=back)
+        pages = {"Description": [p.description], "Features": p.features, "Reviews": []}          # the data has no reviews
+        self.show(["< Prev", *(x for name, values in p.options.items() for x in (name, *values)),
+                   p.name, f"Price: {p.tag}", "Rating: N.A.", *pages, "Buy Now"],
+                  {"< Prev": back, "Buy Now": functools.partial(self.buy, p, chosen)}
+                  | {name: functools.partial(self.show, ["< Prev", *(list(filter(None, texts)) or [f"No {name.lower()}"])],
+                                             {"< Prev": functools.partial(again, chosen)}) for name, texts in pages.items()}
+                  | {value: functools.partial(again, {**chosen, name: value})
+                     for name, values in p.options.items() for value in values})
+
+    def buy(self, p: Product, chosen: dict[str, str]) -> None:
+        self.reward, self.done, self.buttons = webshop_reward(p, chosen, self.goal), True, {}
+        self.observation = f"Thank you for shopping with us! [SEP] Your score: {self.reward:.2f}"
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. As in WebShop one can search from any page; what the page does not offer leaves it as it is."""
+        match = re.match(r"(?i)(search|click)\s*\[(.*)", parse_action(text) or "")
+        value = re.sub(r"^([\"'])(.*)\1$", r"\2", re.sub(r"\][^\]]*$", "", match[2]).strip()) if match else ""
+        searches = bool(match) and match[1].lower() == "search" and not self.done
+        press = self.buttons.get(_button(value)) if match and not searches else None
+        if searches and value:
+            self.results(self.shop.find(value))
+        elif press:
+            press()
+        return self.observation, self.reward, self.done, {"valid": bool(press or searches and value)}
+
+
+class WebShop:
+    """Task ids are numbers into the goals, shuffled as in WebShop (seed 233). data: a folder with the official files.
+    Full files (1.18 million products): the 12,087 human goals; train and test are ETO's lists (each goal once, and train
+    without the 21 that are in test, too), dev the first 200 goals that neither list has.
+    The 1,000 products: their synthetic goals (each instruction with each combination of options), split by product: of
+    sha1(asin) mod 10, 0 is test, 1 dev, the rest train. Also "human", the 13 human goals ("human-0" ..); products that these
+    are about are never in train.
+    WebShop draws prices and their bounds anew in each process; here they depend on the product alone. Search is BM25 as there
+    (k1 0.9, b 0.4, first 50 hits), but without its stemmer. Nothing is sent anywhere."""
+
+    paper = {"train": 1938, "dev": None, "test": 200, "turns": 4.9}  # Table 1
+    instruction = (
+        "You shop on a web site. Find a product that fits the instruction, choose the options that it asks for, and buy. You "
+        "read each page as text, its parts separated by [SEP].\n"
+        "Your actions:\n"
+        "search[words]: look for products; the words are up to you\n"
+        "click[text]: press something that the page offers: a product by its code, such as B07XYZ1234; an option, such as "
+        "large; Description, Features, Reviews; < Prev, Next >, Back to Search; or Buy Now, which ends the task\n"
+        "A click on what the page does not offer does nothing. You have 10 actions; without a purchase you earn nothing.\n"
+        "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def __init__(self, data: str | None = None):
+        folder = _benchmark_folder("webshop", data)
+        full = os.path.exists(os.path.join(folder, WEBSHOP_FILES[0][0]))
+        paths = [os.path.join(folder, name) for name in WEBSHOP_FILES[not full]]
+        missing = [os.path.basename(path) for path in paths if not os.path.exists(path)]
+        _need(not missing, folder, f"lacks {', '.join(missing)}; WebShop's setup.sh downloads {', '.join(WEBSHOP_FILES[1])} (-d "
+              f"small) or {', '.join(WEBSHOP_FILES[0][:3])} (-d all); for the latter also ETO's WebShop lists "
+              "train_indices.json and test_indices.json, here with eto_ before the name")
+        for package, version in {"bm25s": "0.3.16", "rapidfuzz": "3.14.6"}.items():
+            _need(importlib.util.find_spec(package) is not None, "webshop",
+                  f"the package {package} is missing; install it: pip install {package}=={version}")
+        attributes, instructions, *lists = map(_load_json, paths[1:])
+        _need(isinstance(attributes, dict) and isinstance(instructions, dict), f"{paths[1]} or {os.path.basename(paths[2])}",
+              "is not a JSON object {asin: ...}; download it again")
+        self.products, goals, human, number = {}, [], [], 0
+        try:
+            for number, row in enumerate(_stream_json(paths[0])):
+                asin = row["asin"]
+                if asin in self.products or asin == "nan" or len(asin) > 10:                     # as WebShop does
+                    continue
+                p = self.products[asin] = _product(row, attributes.get(asin, {}))
+                human += [_goal(p, i, ask["instruction"].strip("."), ask["instruction_attributes"], ask["instruction_options"])
+                          for i, ask in enumerate(instructions.get(asin, [])) if ask["instruction_attributes"]]
+                ask = {} if full else attributes.get(asin, {})
+                names = sorted(p.options)
+                for values in itertools.product(*(p.options[name] for name in names)) if ask.get("instruction") else ():
+                    wish = ", and ".join(f"{name}: {value}" for name, value in zip(names, values))
+                    text = ask["instruction"] + f" with {wish}" * bool(wish)
+                    goals.append(_goal(p, 0, text, ask["instruction_attributes"], values))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{folder}: product {number}, counted from 0, is not as WebShop writes it in one of "
+                             f"{', '.join(map(os.path.basename, paths[:3]))} ({type(error).__name__}: {error}); download "
+                             "the files again") from None
+        goals = human if full else goals
+        _need(bool(goals), folder, "has products, but no instruction for any of them; download the files again")
+        self._index()
+        random.Random(233).shuffle(goals)
+        self.goals = {str(i): goal for i, goal in enumerate(goals)}
+        self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+        if full:
+            for path, indices in zip(paths[3:], lists):
+                _need(isinstance(indices, list) and {*map(str, indices)} <= {*self.goals}, path,
+                      f"is not a list of numbers below {len(goals)}, the number of goals; is it the one for these products?")
+            train, test = ({str(i): None for i in indices} for indices in lists)
+            self.splits = {"train": [i for i in train if i not in test],
+                           "dev": [i for i in self.goals if i not in train | test][:200], "test": [*test]}
+        else:
+            held_out = {goal.product.asin for goal in human}
+            for i, goal in self.goals.items():
+                asin = goal.product.asin
+                fold = 0 if asin in held_out else int(hashlib.sha1(asin.encode()).hexdigest(), 16) % 10
+                self.splits[{0: "test", 1: "dev"}.get(fold, "train")].append(i)
+            self.splits["human"] = [f"human-{i}" for i in range(len(human))]
+            self.goals |= zip(self.splits["human"], human)
+
+    def _index(self) -> None:
+        """BM25 over title, description, first feature and options, the text that WebShop indexes."""
+        import bm25s
+        self.asins = list(self.products)
+        texts = [" ".join([p.name, p.description, *p.features[:1], *(f"{k}: {', '.join(v)}" for k, v in p.options.items())])
+                 for p in self.products.values()]
+        self.bm25 = bm25s.BM25(k1=0.9, b=0.4)
+        self.bm25.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+
+    def find(self, words: str) -> list[Product]:
+        """The best 50 products, best first; of equal ones the one that comes first in the file."""
+        import bm25s
+        [tokens] = bm25s.tokenize([words], stopwords="en", return_ids=False, show_progress=False)
+        tokens = [token for token in tokens if token in self.bm25.vocab_dict]
+        if not tokens:
+            return []
+        scores = self.bm25.get_scores(tokens)
+        best = (-scores).argsort(kind="stable")[:50]
+        return [self.products[self.asins[i]] for i in best if scores[i] > 0]
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The shortest text of the first train goals that the expert finishes."""
+        shown = filter(None, map(self.expert, self.splits["train"][:20]))
+        return min((render(t) for t in shown if t.reward == 1), key=len, default="")
+
+    def max_steps(self, task_id: str) -> int:
+        return 10
+
+    def task_type(self, task_id: str) -> str:
+        return self.goal(task_id).product.category
+
+    def goal(self, task_id: str) -> ShoppingGoal:
+        _need(task_id in self.goals, "webshop", f"there is no task {task_id!r}; tasks are 0 .. {len(self.goals) - 1}"
+              + (" and human-0 ..", "")["human" not in self.splits])
+        return self.goals[task_id]
+
+    def start(self, task_id: str) -> tuple[WebShopEpisode, str]:
+        episode = WebShopEpisode(self, self.goal(task_id))
+        return episode, episode.observation
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """Searches with the instruction's words, pages to the product that the instruction was written about, chooses the
+        options and buys; None where that takes more than the 10 steps. Which product it is, is all that the expert knows
+        beyond what it reads."""
+        (episode, observation), trajectory = self.start(task_id), Trajectory(task_id)
+        goal = episode.goal
+
+        def act(thought: str, action: str) -> None:
+            nonlocal observation
+            trajectory.steps.append(Step(observation, f"Thought: {thought}\nAction: {action}"))
+            observation, trajectory.reward, _, _ = episode.step(trajectory.steps[-1].action)
+
+        p, name = goal.product, goal.product.asin
+        bound = f" (it costs {p.tag}, and I may spend up to {goal.price_upper:g} dollars)" if goal.price_upper < 1e6 else ""
+        act("I search with the words of the instruction.", f"search[{goal.text.split(', and price lower than')[0]}]")
+        while name.lower() not in episode.buttons and "next >" in episode.buttons and len(trajectory.steps) < 8:
+            act("Nothing on this page fits well, so I look at the next one.", "click[Next >]")
+        options = webshop_choice(p.options, goal.options)
+        if name.lower() not in episode.buttons or len(trajectory.steps) + len(options) + 2 > self.max_steps(task_id):
+            return None
+        act(f"{name} fits best of what I have read{bound}, so I open it.", f"click[{name}]")
+        for option, value in options.items():
+            act(f"The instruction asks for {value}, which is offered as {option}, so I choose it.", f"click[{value}]")
+        act("The product fits" + " and the options are chosen" * bool(options) + ", so I buy it.", "click[Buy Now]")
+        return trajectory
+
+
+def webshop_choice(options: dict[str, list[str]], wishes: list[str]) -> dict[str, str]:
+    """For each option that a wish fits, the value to choose: equal if there is one, else similar as the reward sees it."""
+    chosen = {}
+    for name, values in options.items():
+        for fits in (str.__eq__, lambda wish, value: name != "size" and _similar(_colour(wish), _colour(value))):
+            if name not in chosen and (found := [v for wish in wishes for v in values if fits(wish, v)]):
+                chosen[name] = found[0]
+    return chosen
+
+
+def _goal(p: Product, number: int, text: str, attributes: list[str], options: list[str]) -> ShoppingGoal:
+    """The price bound is the larger of two of the next four tens above the price; none where there are not two below 1,000."""
+    above = [10.0 * i for i in range(1, 100) if 10.0 * i > p.price][:4]
+    upper = max(random.Random(f"webshop:{p.asin}:{number}").sample(above, 2)) if len(above) >= 2 else 1e6
+    text += f", and price lower than {upper:.2f} dollars" * (upper < 1e6)
+    return ShoppingGoal(p, text, list(attributes), list(options), upper)
+
+
+def _product(row: dict, more: dict) -> Product:
+    features, choices = row.get("small_description") or [], row.get("customization_options") or {}
+    features = [features] if isinstance(features, str) else features
+    prices = [float(re.sub(r"[^\d.]", "", x)) for x in (row.get("pricing") or "").split("$")[1:]][:2] or [100.0]
+    price = prices[0] if len(prices) == 1 else random.Random(f"webshop:{row['asin']}").uniform(*prices)
+    options = {name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]
+               for name, values in choices.items() if values is not None}
+    return Product(row["asin"], row["name"], row.get("full_description") or "", features, row["category"],
+                   row["product_category"], row["query"].lower().strip(), options,
+                   " to ".join(f"${x}" for x in prices), price, more.get("attributes", []))
+
+
+def _benchmark_folder(name: str, data: str | None) -> str:
+    """The folder with a benchmark's files: the option data, else the folder of that name in $STEPAGENT_DATA."""
+    root = os.environ.get("STEPAGENT_DATA")
+    _need(bool(data or root), name, "no files are named; give their folder as the option data=FOLDER, or set STEPAGENT_DATA to "
+          f"the folder that has them in {name}/")
+    return data or os.path.join(root, name)
+
+
+def _load_json(path: str):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _json(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+
+
+def _stream_json(path: str, chunk: int = 1 << 24):
+    """The objects of a JSON list one by one, so that a file of 5 GB never is in memory as a whole."""
+    decoder, text, at = json.JSONDecoder(), "", 0
+    with open(path, encoding="utf-8") as file:
+        while True:
+            more = file.read(chunk)
+            text, at = text[at:] + more, 0
+            while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
+                try:
+                    row, at = decoder.raw_decode(text, match.end())
+                except json.JSONDecodeError:
+                    break
+                yield row
+            if not more:
+                _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path, f"broken JSON near {text[at:at + 40]!r}; "
+                      "it should be a list of products; download it again")
+                return
+
+
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "webshop": WebShop}
 
 
 def make_env(name: str, **options):
