@@ -18,15 +18,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
 import hashlib
+import html.parser
 import importlib.util
 import inspect
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import weakref
@@ -932,7 +936,7 @@ class WebShop:
               "is not a JSON object {asin: ...}; download it again")
         self.products, goals, human, number = {}, [], [], 0
         try:
-            for number, row in enumerate(_stream_json(paths[0])):
+            for number, (row, _, _) in enumerate(_stream_json(paths[0])):
                 asin = row["asin"]
                 if asin in self.products or asin == "nan" or len(asin) > 10:                     # as WebShop does
                     continue
@@ -1086,25 +1090,321 @@ def _load_json(path: str):
 
 
 def _stream_json(path: str, chunk: int = 1 << 24):
-    """The objects of a JSON list one by one, so that a file of 5 GB never is in memory as a whole."""
-    decoder, text, at = json.JSONDecoder(), "", 0
-    with open(path, encoding="utf-8") as file:
-        while True:
-            more = file.read(chunk)
-            text, at = text[at:] + more, 0
-            while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
-                try:
-                    row, at = decoder.raw_decode(text, match.end())
-                except json.JSONDecodeError:
+    """(object, its first byte, its number of bytes) of each object in a JSON list: 5 GB never are in memory as a whole."""
+    decoder, text, at, byte = json.JSONDecoder(), "", 0, 0           # text[at:] is unread, and stands at `byte` in the file
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while True:
+                more = file.read(chunk)
+                text, at = text[at:] + more, 0
+                while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
+                    try:
+                        row, end = decoder.raw_decode(text, match.end())
+                    except json.JSONDecodeError:
+                        break
+                    start, size = byte + match.end() - at, len(text[match.end():end].encode())
+                    at, byte = end, start + size
+                    yield row, start, size
+                if not more:
                     break
-                yield row
-            if not more:
-                _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path, f"broken JSON near {text[at:at + 40]!r}; "
-                      "it should be a list of products; download it again")
-                return
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+    _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path,
+          f"broken JSON near {text[at:at + 40]!r}; it should be a list of objects; download it again")
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "webshop": WebShop}
+# ---------------------------------------------------------------------------------------------------------------------
+# mind2web: the next action on 137 real web sites (Deng et al., 2023), offline from recorded pages
+# ---------------------------------------------------------------------------------------------------------------------
+MIND2WEB_FOLDERS = {"train": "train", "test": "test_domain", "test_task": "test_task", "test_website": "test_website"}
+# What describes an element besides its text; in cleaned HTML names have "_" for "-", and these three are the page's state.
+MIND2WEB_ATTRIBUTES = ("role", "type", "name", "label", "aria_label", "aria-label", "placeholder", "title", "alt", "value",
+                       "input_value", "input_checked", "option_selected")
+MIND2WEB_VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class PageElements(html.parser.HTMLParser):
+    """The wanted elements of a cleaned page, {node id: (tag, attributes, words within)}, in the page's order."""
+
+    def __init__(self, page: str, wanted: set[str]):
+        super().__init__()
+        self.wanted, self.found, self.open = wanted, {}, []          # open: (tag, node id, if wanted) from the root down
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        attributes = {name: value for name, value in attributes if value}
+        node = attributes.get("backend_node_id")
+        self.handle_data(" ".join(attributes[name] for name in ("alt", "aria_label", "aria-label") if name in attributes))
+        if node in self.wanted:
+            self.found[node] = (tag, attributes, [])
+        if tag not in MIND2WEB_VOID:
+            self.open.append((tag, node if node in self.wanted else None))
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in MIND2WEB_VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in (tags := [name for name, _ in self.open]):
+            del self.open[len(tags) - 1 - tags[::-1].index(tag):]
+
+    def handle_data(self, data: str) -> None:
+        for _, node in self.open:
+            if node is not None:
+                self.found[node][2].extend(data.split())
+
+
+def describe(tag: str, attributes: dict[str, str], words: list[str]) -> tuple[str, str]:
+    """(the element as a line of the page, what a person would call it)."""
+    limit = 40 if tag == "select" else 15                            # a select's words are what one can choose
+    text = " ".join(words[:limit]) + " ..." * (len(words) > limit)
+    known = {name: " ".join(attributes[name].split()[:limit]) for name in MIND2WEB_ATTRIBUTES if name in attributes}
+    names = (text, *(known.get(name, "") for name in ("aria_label", "aria-label", "label", "placeholder", "title", "alt", "name")))
+    return " ".join([tag, *[f'"{text}"'] * bool(text), *(f"{name}={value}" for name, value in known.items() if value != text)]), \
+        next(filter(None, names), tag)
+
+
+def web_action(text: str) -> tuple[str, int, str] | None:
+    """(operation, element number, value) of a turn; None where it has no such action."""
+    match = re.match(r"(?i)(click|type|select)\s*\[?\s*(\d{1,9})\s*\]?\s*:?\s*(.*)", parse_action(text) or "")
+    if not match:
+        return None
+    operation, value = match[1].upper(), re.sub(r"^([\"'\[])(.*)[\"'\]]$", r"\2", match[3]).strip()
+    return operation, int(match[2]), "" if operation == "CLICK" else value
+
+
+def operation_f1(predicted: str, wanted: str) -> float:
+    """Mind2Web's F1 of the sets of words of "OPERATION value"."""
+    a, b = set(predicted.split()), set(wanted.split())
+    return 2 * len(a & b) / (len(a) + len(b)) if a and b else float(a == b)
+
+
+def target_first(candidates: list[dict]) -> list[str]:
+    """Ids of the right elements (nested ones count, too), the one that the annotator meant first."""
+    return [c["backend_node_id"] for c in sorted(candidates, key=lambda c: not c.get("is_original_target"))]
+
+
+@dataclass(slots=True)
+class RecordedTask:
+    """Where a task stands in its file, and which of its actions are played."""
+    path: str
+    start: int                                                       # bytes
+    size: int
+    domain: str
+    kept: list[int]
+    train: bool
+
+
+class Mind2WebEpisode:
+    """One recorded task. Whatever the agent does, the next page is the one after the annotated action."""
+
+    def __init__(self, world: Mind2Web, task_id: str):
+        self.world, self.kept, self.task = world, world.recorded(task_id).kept, world.read(task_id)
+        self.at, self.elements, self.f1, self.successes = 0, 0, 0.0, 0
+        self.look()
+
+    def look(self) -> None:
+        """Shows the page before the next annotated action. right: the numbers of its elements, the one that the annotator
+        meant first, if it is there; gold: that action in the agent's words."""
+        i = self.kept[self.at]
+        action, before = self.task["actions"][i], self.task["action_reprs"][max(0, i - 5):i]
+        shown = self.world.candidates(self.task["annotation_id"], action)
+        found = PageElements(action["cleaned_html"], set(shown)).found
+        found |= {node: (tag, {}, []) for node, tag in shown.items() if node not in found}
+        lines, self.names = zip(*(describe(*element) for element in found.values())) if found else ((), ())
+        numbers = {node: n for n, node in enumerate(found)}
+        self.right = [numbers[node] for node in target_first(action["pos_candidates"]) if node in numbers]
+        op, value = action["operation"]["op"], " ".join((action["operation"].get("value") or "").split())
+        self.gold = f"{op.lower()} [{self.right[0] if self.right else 0}] {value * (op != 'CLICK')}".strip()
+        before = "".join(f"\n- {' '.join(done.split())}" for done in before)
+        self.observation = "\n".join([f"Web site: {self.task['website']}", f"Previous actions:{before or ' none'}", "Elements:",
+                                      *(f"[{n}] {line}" for n, line in enumerate(lines)), f"Task: {self.task['confirmed_task']}"])
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. Reward: elements hit, as a share of all steps; info: mean operation F1 and step success, likewise. As
+        in the official evaluation a step whose element is not among the candidates counts 0 in all three."""
+        total, said, valid = len(self.kept), web_action(text), False
+        if self.at < total:
+            valid = said is not None and said[1] < len(self.names)
+            if valid and self.right:
+                (op, number, value), (gold_op, _, gold_value) = said, web_action(f"Action: {self.gold}")
+                f1 = operation_f1(f"{op} {value}", f"{gold_op} {gold_value}")
+                self.elements += number in self.right
+                self.f1 += f1
+                self.successes += number in self.right and f1 == 1
+            self.at += 1
+            if self.at < total:
+                self.look()
+            else:
+                self.observation = "The task is over."
+        return self.observation, self.elements / total, self.at >= total, {
+            "valid": valid, "operation_f1": self.f1 / total, "step_success": self.successes / total}
+
+
+class Mind2Web:
+    """Task ids are annotation ids. data: a folder with the official JSON files in train/, test_domain/ and, if wanted,
+    test_task/ and test_website/ (the paper's test, of 912 tasks, is test_domain), and scores_all_data.pkl, the official ranks
+    of elements. A page shows its `candidates` best-ranked elements, in the page's order; on train pages always the annotated
+    one, too. Without that file it shows the annotated element among others drawn by chance, which is easier.
+    dev: so many train tasks are held out, by the order of sha1(id); 0 as in the paper, which has no dev split. Train steps
+    whose element is not in the cleaned page are left out, as officially; on test pages they count as wrong."""
+
+    paper = {"train": 1009, "dev": None, "test": 912, "turns": 7.3}  # Table 1
+    instruction = (
+        "You carry out a task on a web site, one action at a time. Each turn shows the latest actions, then the elements of the "
+        "page that may matter, each with its number in brackets, then the task.\n"
+        "Your actions, where N is the number of an element:\n"
+        "click [N]: press it; also to hover over it or to confirm\n"
+        "type [N] text: write the text into it\n"
+        "select [N] value: choose the value from its list\n"
+        "The pages were recorded from a person, and go on as that person did, whatever you do: trust the list of actions.\n"
+        "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def __init__(self, data: str | None = None, candidates: int = 20, dev: int = 50):
+        _need(isinstance(candidates, int) and candidates >= 1 and isinstance(dev, int) and dev >= 0, "mind2web",
+              f"candidates must be a number, at least 1, and dev one, at least 0, not {candidates!r} and {dev!r}")
+        folder, self.count, self.tasks = _benchmark_folder("mind2web", data), candidates, {}
+        self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+        for split, name in MIND2WEB_FOLDERS.items():
+            paths = sorted(glob.glob(os.path.join(glob.escape(folder), name, "*.json")))
+            _need(bool(paths) or split.startswith("test_"), os.path.join(folder, name), "has no .json files; from osunlp/Mind2Web "
+                  "on the Hugging Face hub download data/train/*.json and test.zip, which holds test_domain/, test_task/ and "
+                  "test_website/, put the four folders side by side, and with them scores_all_data.pkl")
+            for path in paths:
+                self.splits.setdefault(split, []).extend(self.scan(path, split == "train"))
+        held_out = set(sorted(self.splits["train"], key=lambda i: hashlib.sha1(i.encode()).hexdigest())[:dev])
+        self.splits["dev"] = [i for i in self.splits["train"] if i in held_out]
+        self.splits["train"] = [i for i in self.splits["train"] if i not in held_out]
+        _need(bool(self.splits["train"]), folder, f"has no train task left when {dev} are held out; lower dev")
+        scores = os.path.join(folder, "scores_all_data.pkl")
+        self.ranked = read_ranks(scores, candidates) if os.path.exists(scores) else None
+
+    def scan(self, path: str, train: bool) -> list[str]:
+        """Checks a file's tasks and notes where each stands: their pages take gigabytes, so they are read when played."""
+        names = []
+        for number, (row, start, size) in enumerate(_stream_json(path)):
+            try:
+                name, actions = row["annotation_id"], row["actions"]
+                texts = [name, row["domain"], row["website"], row["confirmed_task"], *row["action_reprs"]]
+                for action in actions:
+                    op, elements = action["operation"], action["pos_candidates"] + action["neg_candidates"]
+                    texts += [action["action_uid"], action["cleaned_html"], op["op"], op.get("value") or ""]
+                    texts += [text for c in elements for text in (c["backend_node_id"], c["tag"])]
+                    if op["op"] not in ("CLICK", "TYPE", "SELECT"):
+                        raise ValueError(f"an operation {op['op']!r}")
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"{next(text for text in texts if not isinstance(text, str))!r} where text should be")
+                if len(row["action_reprs"]) != len(actions) or name in self.tasks:
+                    raise ValueError(f"{len(actions)} actions, {len(row['action_reprs'])} action_reprs, or the id of another task")
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise InputError(f"{path}: task {number}, counted from 0, is not as Mind2Web writes it ({type(error).__name__}: "
+                                 f"{error}); download the file again") from None
+            kept = [i for i, action in enumerate(actions) if action["pos_candidates"] or not train]
+            if kept:
+                self.tasks[name] = RecordedTask(path, start, size, row["domain"], kept, train)
+                names.append(name)
+        return names
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The shortest text of the first train tasks."""
+        return min((render(self.expert(i)) for i in self.splits["train"][:10]), key=len)
+
+    def max_steps(self, task_id: str) -> int:
+        return len(self.recorded(task_id).kept)
+
+    def task_type(self, task_id: str) -> str:
+        return self.recorded(task_id).domain
+
+    def recorded(self, task_id: str) -> RecordedTask:
+        _need(task_id in self.tasks, "mind2web", f"there is no task {task_id!r}; the first is {next(iter(self.tasks), None)!r}")
+        return self.tasks[task_id]
+
+    def read(self, task_id: str) -> dict:
+        """The task as in its file, without raw_html."""
+        recorded = self.recorded(task_id)
+        with open(recorded.path, "rb") as file:
+            file.seek(recorded.start)
+            task = json.loads(file.read(recorded.size))
+        for action in task["actions"]:
+            action.pop("raw_html", None)
+        return task
+
+    def candidates(self, task_id: str, action: dict) -> dict[str, str]:
+        """{node id: tag} of the elements to show."""
+        right, key = target_first(action["pos_candidates"]), f"{task_id}_{action['action_uid']}"
+        tags = {c["backend_node_id"]: c["tag"] for c in action["neg_candidates"] + action["pos_candidates"]}
+        if self.ranked is None:
+            others, nodes = [node for node in tags if node not in right], right[:self.count]
+            nodes += random.Random(f"mind2web:{key}").sample(others, min(self.count - len(nodes), len(others)))
+        else:
+            _need(key in self.ranked, "scores_all_data.pkl", f"has no ranks for {key}; is it the file for these tasks?")
+            nodes = [node for node in self.ranked[key] if node in tags]
+            if self.tasks[task_id].train and not set(right) & set(nodes):
+                nodes = nodes[:self.count - 1] + right[:1]
+        return {node: tags[node] for node in nodes}
+
+    def start(self, task_id: str) -> tuple[Mind2WebEpisode, str]:
+        episode = Mind2WebEpisode(self, task_id)
+        return episode, episode.observation
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """The annotated actions with thoughts; None where a page does not show the annotated element."""
+        (episode, observation), trajectory, done = self.start(task_id), Trajectory(task_id), False
+        while not done:
+            if not episode.right:
+                return None
+            op, number, value = web_action(f"Action: {episode.gold}")
+            name = f"the {episode.names[number]!r} element"
+            thought = {"CLICK": f"To go on with the task I click {name}.", "TYPE": f"Into {name} I type {value!r}.",
+                       "SELECT": f"In {name} I select {value!r}."}[op]
+            if value and value.lower() in episode.task["confirmed_task"].lower():
+                thought = f"The task says {value!r}. {thought}"
+            trajectory.steps.append(Step(observation, f"Thought: {thought}\nAction: {episode.gold}"))
+            observation, trajectory.reward, done, trajectory.info = episode.step(trajectory.steps[-1].action)
+        return trajectory
+
+
+class RankReader(pickle.Unpickler):
+    """Unpickles dicts, lists, text and numbers, those of numpy included, and refuses everything else: a pickle can name any
+    function to be called. Numpy's own numbers are rebuilt here, as its code trusts the bytes."""
+
+    class Kind:                                                      # numpy.dtype
+        def __init__(self, code: str, *_):
+            self.code, self.order = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}[code], "<"
+
+        def __setstate__(self, state: tuple):
+            self.order = ">" if state[1] == ">" else "<"
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("numpy", "dtype"):
+            return self.Kind
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return lambda kind, data: struct.unpack(kind.order + kind.code, data)[0]
+        if (module, name) == ("_codecs", "encode"):                  # bytes in old pickles
+            return lambda text, _: text.encode("latin1")
+        if (module, name) in (("collections", "defaultdict"), ("collections", "OrderedDict")):
+            return lambda *_: {}
+        if module in ("builtins", "__builtin__") and name in ("dict", "list", "str", "float", "int"):
+            return {"dict": dict, "list": list, "str": str, "float": float, "int": int}[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no score file needs")
+
+
+def read_ranks(path: str, count: int) -> dict[str, list[str]]:
+    """{"<annotation id>_<action uid>": [the first `count` node ids, best first]} of Mind2Web's score file."""
+    try:
+        with open(path, "rb") as file:
+            ranks = RankReader(file).load()["ranks"]
+        first = {key: sorted((rank, node) for node, rank in nodes.items() if rank < count) for key, nodes in ranks.items()}
+        return {key: [str(node) for _, node in nodes] for key, nodes in first.items()}
+    except Exception as error:                                       # a broken pickle can raise anything
+        raise InputError(f"{path}: not Mind2Web's score file, {{'scores': .., 'ranks': {{sample: {{node: rank}}}}}} "
+                         f"({type(error).__name__}: {error}); download it again") from None
+
+
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "webshop": WebShop, "mind2web": Mind2Web}
 
 
 def make_env(name: str, **options):

@@ -99,9 +99,12 @@ def test_full_files_take_the_human_goals_in_official_order_and_eto_s_lists(tmp_p
 
 
 def test_products_are_read_one_by_one_whatever_the_chunk(tmp_path):
-    rows = [row(i, name='a "}, {" name') for i in range(3)]
-    (tmp_path / "x").write_text(json.dumps(rows, indent=1))
-    assert all(list(_stream_json(str(tmp_path / "x"), chunk)) == rows for chunk in (1, 7, 100, 10 ** 6))
+    rows = [row(i, name='à "}, {" name') for i in range(3)]
+    (tmp_path / "x").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    for chunk in (1, 7, 100, 10 ** 6):
+        read = list(_stream_json(str(tmp_path / "x"), chunk))
+        data = (tmp_path / "x").read_bytes()
+        assert [r for r, _, _ in read] == rows == [json.loads(data[start:start + size]) for _, start, size in read]
 
 
 # --- reward ----------------------------------------------------------------------------------------------------------
