@@ -1161,9 +1161,9 @@ def describe(tag: str, attributes: dict[str, str], words: list[str]) -> tuple[st
     limit = 40 if tag == "select" else 15                            # a select's words are what one can choose
     text = " ".join(words[:limit]) + " ..." * (len(words) > limit)
     known = {name: " ".join(attributes[name].split()[:limit]) for name in MIND2WEB_ATTRIBUTES if name in attributes}
-    names = (text, *(known.get(name, "") for name in ("aria_label", "aria-label", "label", "placeholder", "title", "alt", "name")))
-    return " ".join([tag, *[f'"{text}"'] * bool(text), *(f"{name}={value}" for name, value in known.items() if value != text)]), \
-        next(filter(None, names), tag)
+    line = " ".join([tag, *[f'"{text}"'] * bool(text), *(f"{name}={value}" for name, value in known.items() if value != text)])
+    names = [known.get(name) for name in ("aria_label", "aria-label", "label", "placeholder", "title", "alt", "name")]
+    return line, next(filter(None, [text, *names]), tag)
 
 
 def web_action(text: str) -> tuple[str, int, str] | None:
@@ -1197,49 +1197,37 @@ class RecordedTask:
     train: bool
 
 
+@dataclass(slots=True)
+class RecordedPage:
+    """A turn of a task."""
+    observation: str
+    names: list[str]                                                 # of the elements, by number
+    right: list[int]                                                 # numbers of the right ones, the annotator's first
+    gold: str                                                        # the annotated action
+
+
 class Mind2WebEpisode:
     """One recorded task. Whatever the agent does, the next page is the one after the annotated action."""
 
-    def __init__(self, world: Mind2Web, task_id: str):
-        self.world, self.kept, self.task = world, world.recorded(task_id).kept, world.read(task_id)
-        self.at, self.elements, self.f1, self.successes = 0, 0, 0.0, 0
-        self.look()
-
-    def look(self) -> None:
-        """Shows the page before the next annotated action. right: the numbers of its elements, the one that the annotator
-        meant first, if it is there; gold: that action in the agent's words."""
-        i = self.kept[self.at]
-        action, before = self.task["actions"][i], self.task["action_reprs"][max(0, i - 5):i]
-        shown = self.world.candidates(self.task["annotation_id"], action)
-        found = PageElements(action["cleaned_html"], set(shown)).found
-        found |= {node: (tag, {}, []) for node, tag in shown.items() if node not in found}
-        lines, self.names = zip(*(describe(*element) for element in found.values())) if found else ((), ())
-        numbers = {node: n for n, node in enumerate(found)}
-        self.right = [numbers[node] for node in target_first(action["pos_candidates"]) if node in numbers]
-        op, value = action["operation"]["op"], " ".join((action["operation"].get("value") or "").split())
-        self.gold = f"{op.lower()} [{self.right[0] if self.right else 0}] {value * (op != 'CLICK')}".strip()
-        before = "".join(f"\n- {' '.join(done.split())}" for done in before)
-        self.observation = "\n".join([f"Web site: {self.task['website']}", f"Previous actions:{before or ' none'}", "Elements:",
-                                      *(f"[{n}] {line}" for n, line in enumerate(lines)), f"Task: {self.task['confirmed_task']}"])
+    def __init__(self, pages: list[RecordedPage]):
+        self.pages, self.at, self.elements, self.f1, self.successes = pages, 0, 0, 0.0, 0
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. Reward: elements hit, as a share of all steps; info: mean operation F1 and step success, likewise. As
         in the official evaluation a step whose element is not among the candidates counts 0 in all three."""
-        total, said, valid = len(self.kept), web_action(text), False
+        total, said, valid = len(self.pages), web_action(text), False
         if self.at < total:
-            valid = said is not None and said[1] < len(self.names)
-            if valid and self.right:
-                (op, number, value), (gold_op, _, gold_value) = said, web_action(f"Action: {self.gold}")
+            page = self.pages[self.at]
+            valid = said is not None and said[1] < len(page.names)
+            if valid and page.right:
+                (op, number, value), (gold_op, _, gold_value) = said, web_action(f"Action: {page.gold}")
                 f1 = operation_f1(f"{op} {value}", f"{gold_op} {gold_value}")
-                self.elements += number in self.right
+                self.elements += number in page.right
                 self.f1 += f1
-                self.successes += number in self.right and f1 == 1
+                self.successes += number in page.right and f1 == 1
             self.at += 1
-            if self.at < total:
-                self.look()
-            else:
-                self.observation = "The task is over."
-        return self.observation, self.elements / total, self.at >= total, {
+        observation = self.pages[self.at].observation if self.at < total else "The task is over."
+        return observation, self.elements / total, self.at >= total, {
             "valid": valid, "operation_f1": self.f1 / total, "step_success": self.successes / total}
 
 
@@ -1265,12 +1253,12 @@ class Mind2Web:
     def __init__(self, data: str | None = None, candidates: int = 20, dev: int = 50):
         _need(isinstance(candidates, int) and candidates >= 1 and isinstance(dev, int) and dev >= 0, "mind2web",
               f"candidates must be a number, at least 1, and dev one, at least 0, not {candidates!r} and {dev!r}")
-        folder, self.count, self.tasks = _benchmark_folder("mind2web", data), candidates, {}
+        folder, self.count, self.tasks, self.read = _benchmark_folder("mind2web", data), candidates, {}, {}
         self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         for split, name in MIND2WEB_FOLDERS.items():
             paths = sorted(glob.glob(os.path.join(glob.escape(folder), name, "*.json")))
-            _need(bool(paths) or split.startswith("test_"), os.path.join(folder, name), "has no .json files; from osunlp/Mind2Web "
-                  "on the Hugging Face hub download data/train/*.json and test.zip, which holds test_domain/, test_task/ and "
+            _need(bool(paths) or split.startswith("test_"), os.path.join(folder, name), "has no .json files; get from the "
+                  "Hugging Face data set osunlp/Mind2Web data/train/*.json and test.zip, which has test_domain/, test_task/ and "
                   "test_website/, put the four folders side by side, and with them scores_all_data.pkl")
             for path in paths:
                 self.splits.setdefault(split, []).extend(self.scan(path, split == "train"))
@@ -1297,7 +1285,7 @@ class Mind2Web:
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"{next(text for text in texts if not isinstance(text, str))!r} where text should be")
                 if len(row["action_reprs"]) != len(actions) or name in self.tasks:
-                    raise ValueError(f"{len(actions)} actions, {len(row['action_reprs'])} action_reprs, or the id of another task")
+                    raise ValueError(f"{len(actions)} actions, {len(row['action_reprs'])} action_reprs; or another task's id")
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise InputError(f"{path}: task {number}, counted from 0, is not as Mind2Web writes it ({type(error).__name__}: "
                                  f"{error}); download the file again") from None
@@ -1322,15 +1310,31 @@ class Mind2Web:
         _need(task_id in self.tasks, "mind2web", f"there is no task {task_id!r}; the first is {next(iter(self.tasks), None)!r}")
         return self.tasks[task_id]
 
-    def read(self, task_id: str) -> dict:
-        """The task as in its file, without raw_html."""
-        recorded = self.recorded(task_id)
-        with open(recorded.path, "rb") as file:
-            file.seek(recorded.start)
-            task = json.loads(file.read(recorded.size))
-        for action in task["actions"]:
-            action.pop("raw_html", None)
-        return task
+    def pages(self, task_id: str) -> list[RecordedPage]:
+        """The turns of a task. Reading a page takes long (184 KB: 30 ms), so the texts are kept, about 20 KB a task."""
+        if task_id not in self.read:
+            recorded = self.recorded(task_id)
+            with open(recorded.path, "rb") as file:
+                file.seek(recorded.start)
+                task = json.loads(file.read(recorded.size))
+            self.read[task_id] = [self.page(task, i) for i in recorded.kept]
+        return self.read[task_id]
+
+    def page(self, task: dict, i: int) -> RecordedPage:
+        """The page before action i."""
+        action, before = task["actions"][i], task["action_reprs"][max(0, i - 5):i]
+        shown = self.candidates(task["annotation_id"], action)
+        found = PageElements(action["cleaned_html"], set(shown)).found
+        found |= {node: (tag, {}, []) for node, tag in shown.items() if node not in found}
+        lines, names = zip(*(describe(*element) for element in found.values())) if found else ((), ())
+        numbers = {node: n for n, node in enumerate(found)}
+        right = [numbers[node] for node in target_first(action["pos_candidates"]) if node in numbers]
+        op, value = action["operation"]["op"], " ".join((action["operation"].get("value") or "").split())
+        gold = f"{op.lower()} [{right[0] if right else 0}] {value * (op != 'CLICK')}".strip()
+        before = "".join(f"\n- {' '.join(done.split())}" for done in before) or " none"
+        text = [f"Web site: {task['website']}", f"Previous actions:{before}", "Elements:",
+                *(f"[{n}] {line}" for n, line in enumerate(lines)), f"Task: {' '.join(task['confirmed_task'].split())}"]
+        return RecordedPage("\n".join(text), list(names), right, gold)
 
     def candidates(self, task_id: str, action: dict) -> dict[str, str]:
         """{node id: tag} of the elements to show."""
@@ -1347,23 +1351,23 @@ class Mind2Web:
         return {node: tags[node] for node in nodes}
 
     def start(self, task_id: str) -> tuple[Mind2WebEpisode, str]:
-        episode = Mind2WebEpisode(self, task_id)
-        return episode, episode.observation
+        pages = self.pages(task_id)
+        return Mind2WebEpisode(pages), pages[0].observation
 
     def expert(self, task_id: str) -> Trajectory | None:
         """The annotated actions with thoughts; None where a page does not show the annotated element."""
-        (episode, observation), trajectory, done = self.start(task_id), Trajectory(task_id), False
-        while not done:
-            if not episode.right:
-                return None
-            op, number, value = web_action(f"Action: {episode.gold}")
-            name = f"the {episode.names[number]!r} element"
+        pages, (episode, _), trajectory = self.pages(task_id), self.start(task_id), Trajectory(task_id)
+        if not all(page.right for page in pages):
+            return None
+        for page in pages:
+            op, number, value = web_action(f"Action: {page.gold}")
+            name = f"the {page.names[number]!r} element"
             thought = {"CLICK": f"To go on with the task I click {name}.", "TYPE": f"Into {name} I type {value!r}.",
                        "SELECT": f"In {name} I select {value!r}."}[op]
-            if value and value.lower() in episode.task["confirmed_task"].lower():
+            if value and value.lower() in page.observation.rsplit("\nTask: ", 1)[1].lower():
                 thought = f"The task says {value!r}. {thought}"
-            trajectory.steps.append(Step(observation, f"Thought: {thought}\nAction: {episode.gold}"))
-            observation, trajectory.reward, done, trajectory.info = episode.step(trajectory.steps[-1].action)
+            trajectory.steps.append(Step(page.observation, f"Thought: {thought}\nAction: {page.gold}"))
+            _, trajectory.reward, _, trajectory.info = episode.step(trajectory.steps[-1].action)
         return trajectory
 
 
