@@ -777,7 +777,6 @@ def _stop(simulators: list) -> None:
 WEBSHOP_FILES = (                                                    # full or small, in this order of preference
     ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json", "eto_train_indices.json", "eto_test_indices.json"),
     ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json"))
-WEBSHOP_PAGES = ("Description", "Features", "Reviews")
 # Colours that an option is reduced to (the first one it contains, in this order), so that "c1-black" is bought as "black".
 WEBSHOP_COLOURS = (
     "apricot aqua beige black blue bronze brown burgundy champagne charcoal chocolate copper coral cream dark fuchsia gold gray "

@@ -131,6 +131,7 @@ def test_reward_counts_attributes_options_and_price():
     ({"color": "red"}, ["red", "7.5"], 1),                           # a subset earns its share
     ({"color": "red", "size": "7.5"}, ["red", "7.5"], 2),
     ({"color": "c1-red"}, ["red", "7.5"], 1),                        # a colour within the name
+    ({"color": "navyblue"}, ["blue sky", "7.5"], 1),                 # both are reduced to their colour
     ({"color": "red", "size": "7"}, ["red", "7.5"], 1),              # sizes are exact
     ({"size": "7.5 wide"}, ["red", "7.5"], 0),
     ({"style": "7.5 wide"}, ["red", "7.5"], 1),                      # anything else is fuzzy
@@ -146,6 +147,12 @@ def test_reward_of_options(chosen, options, hits):
 def test_attributes_count_in_attributes_title_features_and_description(where):
     assert reward(product(**where)) == 1
     assert reward(product(), attributes=["rubber soles"]) == 1 / 2
+
+
+@pytest.mark.parametrize("own, wanted, hit", [("hand wash", "hand washed", True), ("machine wash", "machine washable", True),  # 90, 85.7
+                                              ("anti slip", "non slip", False)])                                             # 70.6
+def test_attributes_are_compared_by_token_set_ratio(own, wanted, hit):
+    assert reward(product(attributes=[own]), attributes=[wanted]) == (1 + hit) / 2
 
 
 @pytest.mark.parametrize("other, expected", [
@@ -183,6 +190,7 @@ def test_pages_can_be_turned_and_left(shop):
     assert "Page 3" in three and "Next >" not in three and last == three and info == {"valid": False}
     codes = [re.findall(r"B0\d{8}", page) for page in (one, two, three)]
     assert [len(c) for c in codes] == [10, 10, 10] and len(set(sum(codes, []))) == 30
+    assert play(episode, f"click[{codes[1][3]}]", "click[Reviews]", "click[< Prev]", "click[< Prev]")[-1][0] == two
     assert play(episode, "click[Back to Search]")[0][0] == first
 
 
@@ -244,6 +252,12 @@ def test_no_expert_where_the_product_is_not_found(tmp_path):
     shop = make_env("webshop", data=write(tmp_path, rows, **{"items_ins_v2_1000.json": ask}))
     shown = {shop.goal(i).product.asin: shop.expert(i) for i in shop.goals if i.isdigit()}
     assert shown["B000000059"] is None and len(shown["B000000000"].steps) == 3 and len(shown["B000000019"].steps) == 4
+
+
+def test_no_expert_where_the_options_take_too_many_steps(tmp_path):
+    rows = [row(i, customization_options={f"part{n}": [{"value": f"value{n}"}] for n in range(count)}) for i, count in enumerate((7, 8))]
+    shop = make_env("webshop", data=write(tmp_path, rows))
+    assert len(shop.expert(task_of(shop, "B000000000")).steps) == 10 and shop.expert(task_of(shop, "B000000001")) is None
 
 
 def test_episodes_side_by_side_do_not_mix(shop):
