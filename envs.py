@@ -1030,7 +1030,7 @@ class WebShop:
         p, name = goal.product, goal.product.asin
         bound = f" (it costs {p.tag}, and I may spend up to {goal.price_upper:g} dollars)" if goal.price_upper < 1e6 else ""
         act("I search with the words of the instruction.", f"search[{goal.text.split(', and price lower than')[0]}]")
-        while name.lower() not in episode.buttons and "next >" in episode.buttons and len(trajectory.steps) < 8:
+        while name.lower() not in episode.buttons and "next >" in episode.buttons:
             act("Nothing on this page fits well, so I look at the next one.", "click[Next >]")
         options = webshop_choice(p.options, goal.options)
         if name.lower() not in episode.buttons or len(trajectory.steps) + len(options) + 2 > self.max_steps(task_id):
