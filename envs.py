@@ -23,14 +23,19 @@ import glob
 import hashlib
 import heapq
 import html
+import html.parser
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import string
+import struct
 import subprocess
 import sys
 import unicodedata
@@ -807,6 +812,642 @@ def _stop(simulators: list) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# webshop: shopping by instruction (Yao et al., 2022), over the official product files, as text pages
+# ---------------------------------------------------------------------------------------------------------------------
+WEBSHOP_FILES = (                                                    # full or small, in this order of preference
+    ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json", "eto_train_indices.json", "eto_test_indices.json"),
+    ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json"))
+# Colours that an option is reduced to (the first one it contains, in this order), so that "c1-black" is bought as "black".
+WEBSHOP_COLOURS = (
+    "apricot aqua beige black blue bronze brown burgundy champagne charcoal chocolate copper coral cream dark fuchsia gold gray "
+    "green grey indigo ivory khaki lavender light lilac lime magenta maroon mint mocha mustard natural navy nude olive orange "
+    "peach pink plum purple rainbow red rose rust sand silver tan taupe teal turquoise violet walnut white wine yellow").split()
+
+
+@dataclass(slots=True)
+class Product:
+    """A row of the product file. options: {name: [value, ...]}, in small letters; price: what it costs, where the tag says
+    "$9 to $12" one draw from it; pricing nothing means 100, as in WebShop."""
+    asin: str
+    name: str
+    description: str
+    features: list[str]
+    category: str
+    path: str                                                        # "Home & Kitchen › Furniture › ..."
+    query: str
+    options: dict[str, list[str]]
+    tag: str
+    price: float
+    attributes: list[str]
+
+
+@dataclass(slots=True)
+class ShoppingGoal:
+    product: Product                                                 # what the instruction was written about
+    text: str
+    attributes: list[str]
+    options: list[str]
+    price_upper: float
+
+
+def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) -> float:
+    """WebShop's reward of a purchase (section 3.1 there and its goal.py): r_type * (attributes + options hit + price kept) /
+    (attributes + options + 1). Two deviations: the types of two titles are compared by all their words, not by the nouns that
+    a language model finds; and options hit never count more than the goal has, so that the reward stays within 1."""
+    title, other = ({w for w in re.findall("[a-z]{3,}", p.name.lower())} - {"and", "for", "from", "the", "with"}
+                    for p in (goal.product, bought))
+    score = len(title & other) / len(title) if title else 0.2
+    paths = ({part.strip() for part in p.path.split("›")} for p in (goal.product, bought))
+    alike = bought.query == goal.product.query or len(set.intersection(*paths)) >= 2 or score > 0.2
+    r_type = 0.0 if score == 0 else 0.1 if score < 0.1 else 1.0 if alike else 0.5
+    texts = [bought.name.lower(), " ".join(bought.features).lower(), bought.description.lower()]
+    hits = sum(any(_similar(own, wanted) for own in bought.attributes) or any(wanted in text for text in texts)
+               for wanted in goal.attributes)
+    wishes, options = [_colour(option) for option in goal.options], 0
+    for name, value in chosen.items():
+        value = _colour(value)
+        fits = value in wishes if name == "size" else any(_similar(wish, value) for wish in wishes)
+        options += fits or any(value in text for text in texts)
+    hits += min(options, len(wishes)) + (bought.price <= goal.price_upper)
+    return r_type * hits / (len(goal.attributes) + len(wishes) + 1)
+
+
+def _colour(option: str) -> str:
+    return next((colour for colour in WEBSHOP_COLOURS if colour in option), option)
+
+
+def _similar(a: str, b: str) -> bool:
+    """WebShop's fuzzy match: thefuzz's token_set_ratio above 85, computed as thefuzz does."""
+    from rapidfuzz import fuzz, utils
+    return round(fuzz.token_set_ratio(a, b, processor=utils.default_process)) > 85
+
+
+def _button(text: str) -> str:
+    """A button's text in the form in which clicks are compared with it."""
+    return " ".join(text.replace("`", " ").lower().split())
+
+
+class WebShopEpisode:
+    """One shopping trip. A page is what WebShop's text mode shows, its parts separated by [SEP], and `buttons`, which maps the
+    text of what one can click there to what that does."""
+
+    def __init__(self, shop: WebShop, goal: ShoppingGoal):
+        self.shop, self.goal, self.reward, self.done = shop, goal, 0.0, False
+        self.home()
+
+    def home(self) -> None:
+        self.observation, self.buttons = f"WebShop [SEP] Instruction: [SEP] {self.goal.text} [SEP] Search", {}
+
+    def show(self, parts: list[str], buttons: dict) -> None:
+        self.observation = " [SEP] ".join(["Instruction:", self.goal.text, "Back to Search", *parts])
+        self.buttons = {"back to search": self.home, **{_button(text): press for text, press in buttons.items()}}
+
+    def results(self, found: list[Product], page: int = 0) -> None:
+        here, go = found[page * 10:page * 10 + 10], functools.partial(self.results, found)
+        arrows = {"< Prev": functools.partial(go, page - 1)} if page else {}
+        arrows |= {"Next >": functools.partial(go, page + 1)} if page * 10 + 10 < len(found) else {}
+        listed = [text for p in here for text in (p.asin, p.name, p.tag)]
+        self.show([f"Page {page + 1} (Total results: {len(found)})", *arrows, *listed],
+                  arrows | {p.asin: functools.partial(self.item, p, {}, functools.partial(go, page)) for p in here})
+
+    def item(self, p: Product, chosen: dict[str, str], back) -> None:
+        again = functools.partial(self.item, p, back=back)
+        pages = {"Description": [p.description], "Features": p.features, "Reviews": []}          # the data has no reviews
+        self.show(["< Prev", *(x for name, values in p.options.items() for x in (name, *values)),
+                   p.name, f"Price: {p.tag}", "Rating: N.A.", *pages, "Buy Now"],
+                  {"< Prev": back, "Buy Now": functools.partial(self.buy, p, chosen)}
+                  | {name: functools.partial(self.show, ["< Prev", *(list(filter(None, texts)) or [f"No {name.lower()}"])],
+                                             {"< Prev": functools.partial(again, chosen)}) for name, texts in pages.items()}
+                  | {value: functools.partial(again, {**chosen, name: value})
+                     for name, values in p.options.items() for value in values})
+
+    def buy(self, p: Product, chosen: dict[str, str]) -> None:
+        self.reward, self.done, self.buttons = webshop_reward(p, chosen, self.goal), True, {}
+        self.observation = f"Thank you for shopping with us! [SEP] Your score: {self.reward:.2f}"
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. As in WebShop one can search from any page; what the page does not offer leaves it as it is."""
+        match = re.match(r"(?i)(search|click)\s*\[(.*)", parse_action(text) or "")
+        value = re.sub(r"^([\"'])(.*)\1$", r"\2", re.sub(r"\][^\]]*$", "", match[2]).strip()) if match else ""
+        searches = bool(match) and match[1].lower() == "search" and not self.done
+        press = self.buttons.get(_button(value)) if match and not searches else None
+        if searches and value:
+            self.results(self.shop.find(value))
+        elif press:
+            press()
+        return self.observation, self.reward, self.done, {"valid": bool(press or searches and value)}
+
+
+class WebShop:
+    """Task ids are numbers into the goals, shuffled as in WebShop (seed 233). data: a folder with the official files.
+    Full files (1.18 million products): the 12,087 human goals; train and test are ETO's lists (each goal once, and train
+    without the 21 that are in test, too), dev the first 200 goals that neither list has.
+    The 1,000 products: their synthetic goals (each instruction with each combination of options), split by product: of
+    sha1(asin) mod 10, 0 is test, 1 dev, the rest train. Also "human", the 13 human goals ("human-0" ..); products that these
+    are about are never in train.
+    WebShop draws prices and their bounds anew in each process; here they depend on the product alone. Search is BM25 as there
+    (k1 0.9, b 0.4, first 50 hits), but without its stemmer. Nothing is sent anywhere."""
+
+    paper = {"train": 1938, "dev": None, "test": 200, "turns": 4.9}  # Table 1
+    instruction = (
+        "You shop on a web site. Find a product that fits the instruction, choose the options that it asks for, and buy. You "
+        "read each page as text, its parts separated by [SEP].\n"
+        "Your actions:\n"
+        "search[words]: look for products; the words are up to you\n"
+        "click[text]: press something that the page offers: a product by its code, such as B07XYZ1234; an option, such as "
+        "large; Description, Features, Reviews; < Prev, Next >, Back to Search; or Buy Now, which ends the task\n"
+        "A click on what the page does not offer does nothing. You have 10 actions; without a purchase you earn nothing.\n"
+        "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def __init__(self, data: str | None = None):
+        folder = _benchmark_folder("webshop", data)
+        full = os.path.exists(os.path.join(folder, WEBSHOP_FILES[0][0]))
+        paths = [os.path.join(folder, name) for name in WEBSHOP_FILES[not full]]
+        missing = [os.path.basename(path) for path in paths if not os.path.exists(path)]
+        _need(not missing, folder, f"lacks {', '.join(missing)}; WebShop's setup.sh downloads {', '.join(WEBSHOP_FILES[1])} (-d "
+              f"small) or {', '.join(WEBSHOP_FILES[0][:3])} (-d all); for the latter also ETO's WebShop lists "
+              "train_indices.json and test_indices.json, here with eto_ before the name")
+        for package, version in {"bm25s": "0.3.16", "rapidfuzz": "3.14.6"}.items():
+            _need(importlib.util.find_spec(package) is not None, "webshop",
+                  f"the package {package} is missing; install it: pip install {package}=={version}")
+        attributes, instructions, *lists = map(_load_json, paths[1:])
+        _need(isinstance(attributes, dict) and isinstance(instructions, dict), f"{paths[1]} or {os.path.basename(paths[2])}",
+              "is not a JSON object {asin: ...}; download it again")
+        self.products, goals, human, number = {}, [], [], 0
+        try:
+            for number, (row, _, _) in enumerate(_stream_json(paths[0])):
+                asin = row["asin"]
+                if asin in self.products or asin == "nan" or len(asin) > 10:                     # as WebShop does
+                    continue
+                p = self.products[asin] = _product(row, attributes.get(asin, {}))
+                human += [_goal(p, i, ask["instruction"].strip("."), ask["instruction_attributes"], ask["instruction_options"])
+                          for i, ask in enumerate(instructions.get(asin, [])) if ask["instruction_attributes"]]
+                ask = {} if full else attributes.get(asin, {})
+                names = sorted(p.options)
+                for values in itertools.product(*(p.options[name] for name in names)) if ask.get("instruction") else ():
+                    wish = ", and ".join(f"{name}: {value}" for name, value in zip(names, values))
+                    text = ask["instruction"] + f" with {wish}" * bool(wish)
+                    goals.append(_goal(p, 0, text, ask["instruction_attributes"], values))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{folder}: product {number}, counted from 0, is not as WebShop writes it in one of "
+                             f"{', '.join(map(os.path.basename, paths[:3]))} ({type(error).__name__}: {error}); download "
+                             "the files again") from None
+        goals = human if full else goals
+        _need(bool(goals), folder, "has products, but no instruction for any of them; download the files again")
+        self._index()
+        random.Random(233).shuffle(goals)
+        self.goals = {str(i): goal for i, goal in enumerate(goals)}
+        self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+        if full:
+            for path, indices in zip(paths[3:], lists):
+                _need(isinstance(indices, list) and {*map(str, indices)} <= {*self.goals}, path,
+                      f"is not a list of numbers below {len(goals)}, the number of goals; is it the one for these products?")
+            train, test = ({str(i): None for i in indices} for indices in lists)
+            self.splits = {"train": [i for i in train if i not in test],
+                           "dev": [i for i in self.goals if i not in train | test][:200], "test": [*test]}
+        else:
+            held_out = {goal.product.asin for goal in human}
+            for i, goal in self.goals.items():
+                asin = goal.product.asin
+                fold = 0 if asin in held_out else int(hashlib.sha1(asin.encode()).hexdigest(), 16) % 10
+                self.splits[{0: "test", 1: "dev"}.get(fold, "train")].append(i)
+            self.splits["human"] = [f"human-{i}" for i in range(len(human))]
+            self.goals |= zip(self.splits["human"], human)
+
+    def _index(self) -> None:
+        """BM25 over title, description, first feature and options, the text that WebShop indexes."""
+        import bm25s
+        self.asins = list(self.products)
+        texts = [" ".join([p.name, p.description, *p.features[:1], *(f"{k}: {', '.join(v)}" for k, v in p.options.items())])
+                 for p in self.products.values()]
+        self.bm25 = bm25s.BM25(k1=0.9, b=0.4)
+        self.bm25.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+
+    def find(self, words: str) -> list[Product]:
+        """The best 50 products, best first; of equal ones the one that comes first in the file."""
+        import bm25s
+        [tokens] = bm25s.tokenize([words], stopwords="en", return_ids=False, show_progress=False)
+        tokens = [token for token in tokens if token in self.bm25.vocab_dict]
+        if not tokens:
+            return []
+        scores = self.bm25.get_scores(tokens)
+        best = (-scores).argsort(kind="stable")[:50]
+        return [self.products[self.asins[i]] for i in best if scores[i] > 0]
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The shortest text of the first train goals that the expert finishes."""
+        shown = filter(None, map(self.expert, self.splits["train"][:20]))
+        return min((render(t) for t in shown if t.reward == 1), key=len, default="")
+
+    def max_steps(self, task_id: str) -> int:
+        return 10
+
+    def task_type(self, task_id: str) -> str:
+        return self.goal(task_id).product.category
+
+    def goal(self, task_id: str) -> ShoppingGoal:
+        _need(task_id in self.goals, "webshop", f"there is no task {task_id!r}; tasks are 0 .. {len(self.goals) - 1}"
+              + (" and human-0 ..", "")["human" not in self.splits])
+        return self.goals[task_id]
+
+    def start(self, task_id: str) -> tuple[WebShopEpisode, str]:
+        episode = WebShopEpisode(self, self.goal(task_id))
+        return episode, episode.observation
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """Searches with the instruction's words, pages to the product that the instruction was written about, chooses the
+        options and buys; None where that takes more than the 10 steps. Which product it is, is all that the expert knows
+        beyond what it reads."""
+        (episode, observation), trajectory = self.start(task_id), Trajectory(task_id)
+        goal = episode.goal
+
+        def act(thought: str, action: str) -> None:
+            nonlocal observation
+            trajectory.steps.append(Step(observation, f"Thought: {thought}\nAction: {action}"))
+            observation, trajectory.reward, _, _ = episode.step(trajectory.steps[-1].action)
+
+        p, name = goal.product, goal.product.asin
+        bound = f" (it costs {p.tag}, and I may spend up to {goal.price_upper:g} dollars)" if goal.price_upper < 1e6 else ""
+        act("I search with the words of the instruction.", f"search[{goal.text.split(', and price lower than')[0]}]")
+        while name.lower() not in episode.buttons and "next >" in episode.buttons:
+            act("Nothing on this page fits well, so I look at the next one.", "click[Next >]")
+        options = webshop_choice(p.options, goal.options)
+        if name.lower() not in episode.buttons or len(trajectory.steps) + len(options) + 2 > self.max_steps(task_id):
+            return None
+        act(f"{name} fits best of what I have read{bound}, so I open it.", f"click[{name}]")
+        for option, value in options.items():
+            act(f"The instruction asks for {value}, which is offered as {option}, so I choose it.", f"click[{value}]")
+        act("The product fits" + " and the options are chosen" * bool(options) + ", so I buy it.", "click[Buy Now]")
+        return trajectory
+
+
+def webshop_choice(options: dict[str, list[str]], wishes: list[str]) -> dict[str, str]:
+    """For each option that a wish fits, the value to choose: equal if there is one, else similar as the reward sees it."""
+    chosen = {}
+    for name, values in options.items():
+        for fits in (str.__eq__, lambda wish, value: name != "size" and _similar(_colour(wish), _colour(value))):
+            if name not in chosen and (found := [v for wish in wishes for v in values if fits(wish, v)]):
+                chosen[name] = found[0]
+    return chosen
+
+
+def _goal(p: Product, number: int, text: str, attributes: list[str], options: list[str]) -> ShoppingGoal:
+    """The price bound is the larger of two of the next four tens above the price; none where there are not two below 1,000."""
+    above = [10.0 * i for i in range(1, 100) if 10.0 * i > p.price][:4]
+    upper = max(random.Random(f"webshop:{p.asin}:{number}").sample(above, 2)) if len(above) >= 2 else 1e6
+    text += f", and price lower than {upper:.2f} dollars" * (upper < 1e6)
+    return ShoppingGoal(p, text, list(attributes), list(options), upper)
+
+
+def _product(row: dict, more: dict) -> Product:
+    features, choices = row.get("small_description") or [], row.get("customization_options") or {}
+    features = [features] if isinstance(features, str) else features
+    prices = [float(re.sub(r"[^\d.]", "", x)) for x in (row.get("pricing") or "").split("$")[1:]][:2] or [100.0]
+    price = prices[0] if len(prices) == 1 else random.Random(f"webshop:{row['asin']}").uniform(*prices)
+    options = {name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]
+               for name, values in choices.items() if values is not None}
+    return Product(row["asin"], row["name"], row.get("full_description") or "", features, row["category"],
+                   row["product_category"], row["query"].lower().strip(), options,
+                   " to ".join(f"${x}" for x in prices), price, more.get("attributes", []))
+
+
+def _benchmark_folder(name: str, data: str | None) -> str:
+    """The folder with a benchmark's files: the option data, else the folder of that name in $STEPAGENT_DATA."""
+    root = os.environ.get("STEPAGENT_DATA")
+    _need(bool(data or root), name, "no files are named; give their folder as the option data=FOLDER, or set STEPAGENT_DATA to "
+          f"the folder that has them in {name}/")
+    return data or os.path.join(root, name)
+
+
+def _load_json(path: str):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _json(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+
+
+def _stream_json(path: str, chunk: int = 1 << 24):
+    """(object, its first byte, its number of bytes) of each object in a JSON list: 5 GB never are in memory as a whole."""
+    decoder, text, at, byte = json.JSONDecoder(), "", 0, 0           # text[at:] is unread, and stands at `byte` in the file
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while True:
+                more = file.read(chunk)
+                text, at = text[at:] + more, 0
+                while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
+                    try:
+                        row, end = decoder.raw_decode(text, match.end())
+                    except json.JSONDecodeError:
+                        break
+                    start, size = byte + match.end() - at, len(text[match.end():end].encode())
+                    at, byte = end, start + size
+                    yield row, start, size
+                if not more:
+                    break
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+    _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path,
+          f"broken JSON near {text[at:at + 40]!r}; it should be a list of objects; download it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mind2web: the next action on 137 real web sites (Deng et al., 2023), offline from recorded pages
+# ---------------------------------------------------------------------------------------------------------------------
+MIND2WEB_FOLDERS = {"train": "train", "test": "test_domain", "test_task": "test_task", "test_website": "test_website"}
+# What describes an element besides its text; in cleaned HTML names have "_" for "-", and these three are the page's state.
+MIND2WEB_ATTRIBUTES = ("role", "type", "name", "label", "aria_label", "aria-label", "placeholder", "title", "alt", "value",
+                       "input_value", "input_checked", "option_selected")
+MIND2WEB_VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class PageElements(html.parser.HTMLParser):
+    """The wanted elements of a cleaned page, {node id: (tag, attributes, words within)}, in the page's order."""
+
+    def __init__(self, page: str, wanted: set[str]):
+        super().__init__()
+        self.wanted, self.found, self.open = wanted, {}, []          # open: (tag, node id, if wanted) from the root down
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        attributes = {name: value for name, value in attributes if value}
+        node = attributes.get("backend_node_id")
+        self.handle_data(" ".join(attributes[name] for name in ("alt", "aria_label", "aria-label") if name in attributes))
+        if node in self.wanted:
+            self.found[node] = (tag, attributes, [])
+        if tag not in MIND2WEB_VOID:
+            self.open.append((tag, node if node in self.wanted else None))
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in MIND2WEB_VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in (tags := [name for name, _ in self.open]):
+            del self.open[len(tags) - 1 - tags[::-1].index(tag):]
+
+    def handle_data(self, data: str) -> None:
+        for _, node in self.open:
+            if node is not None:
+                self.found[node][2].extend(data.split())
+
+
+def describe(tag: str, attributes: dict[str, str], words: list[str]) -> tuple[str, str]:
+    """(the element as a line of the page, what a person would call it)."""
+    limit = 40 if tag == "select" else 15                            # a select's words are what one can choose
+    text = " ".join(words[:limit]) + " ..." * (len(words) > limit)
+    known = {name: " ".join(attributes[name].split()[:limit]) for name in MIND2WEB_ATTRIBUTES if name in attributes}
+    line = " ".join([tag, *[f'"{text}"'] * bool(text), *(f"{name}={value}" for name, value in known.items() if value != text)])
+    names = [known.get(name) for name in ("aria_label", "aria-label", "label", "placeholder", "title", "alt", "name")]
+    return line, next(filter(None, [text, *names]), tag)
+
+
+def web_action(text: str) -> tuple[str, int, str] | None:
+    """(operation, element number, value) of a turn; None where it has no such action."""
+    match = re.match(r"(?i)(click|type|select)\s*\[?\s*(\d{1,9})\s*\]?\s*:?\s*(.*)", parse_action(text) or "")
+    if not match:
+        return None
+    operation, value = match[1].upper(), re.sub(r"^([\"'\[])(.*)[\"'\]]$", r"\2", match[3]).strip()
+    return operation, int(match[2]), "" if operation == "CLICK" else value
+
+
+def operation_f1(predicted: str, wanted: str) -> float:
+    """Mind2Web's F1 of the sets of words of "OPERATION value"."""
+    a, b = set(predicted.split()), set(wanted.split())
+    return 2 * len(a & b) / (len(a) + len(b)) if a and b else float(a == b)
+
+
+def target_first(candidates: list[dict]) -> list[str]:
+    """Ids of the right elements (nested ones count, too), the one that the annotator meant first."""
+    return [c["backend_node_id"] for c in sorted(candidates, key=lambda c: not c.get("is_original_target"))]
+
+
+@dataclass(slots=True)
+class RecordedTask:
+    """Where a task stands in its file, and which of its actions are played."""
+    path: str
+    start: int                                                       # bytes
+    size: int
+    domain: str
+    kept: list[int]
+    train: bool
+
+
+@dataclass(slots=True)
+class RecordedPage:
+    """A turn of a task."""
+    observation: str
+    names: list[str]                                                 # of the elements, by number
+    right: list[int]                                                 # numbers of the right ones, the annotator's first
+    gold: str                                                        # the annotated action
+
+
+class Mind2WebEpisode:
+    """One recorded task. Whatever the agent does, the next page is the one after the annotated action."""
+
+    def __init__(self, pages: list[RecordedPage]):
+        self.pages, self.at, self.elements, self.f1, self.successes = pages, 0, 0, 0.0, 0
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. Reward: elements hit, as a share of all steps; info: mean operation F1 and step success, likewise. As
+        in the official evaluation a step whose element is not among the candidates counts 0 in all three."""
+        total, said, valid = len(self.pages), web_action(text), False
+        if self.at < total:
+            page = self.pages[self.at]
+            valid = said is not None and said[1] < len(page.names)
+            if valid and page.right:
+                (op, number, value), (gold_op, _, gold_value) = said, web_action(f"Action: {page.gold}")
+                f1 = operation_f1(f"{op} {value}", f"{gold_op} {gold_value}")
+                self.elements += number in page.right
+                self.f1 += f1
+                self.successes += number in page.right and f1 == 1
+            self.at += 1
+        observation = self.pages[self.at].observation if self.at < total else "The task is over."
+        return observation, self.elements / total, self.at >= total, {
+            "valid": valid, "operation_f1": self.f1 / total, "step_success": self.successes / total}
+
+
+class Mind2Web:
+    """Task ids are annotation ids. data: a folder with the official JSON files in train/, test_domain/ and, if wanted,
+    test_task/ and test_website/ (the paper's test, of 912 tasks, is test_domain), and scores_all_data.pkl, the official ranks
+    of elements. A page shows its `candidates` best-ranked elements, in the page's order; on train pages always the annotated
+    one, too. Without that file it shows the annotated element among others drawn by chance, which is easier.
+    dev: so many train tasks are held out, by the order of sha1(id); 0 as in the paper, which has no dev split. Train steps
+    whose element is not in the cleaned page are left out, as officially; on test pages they count as wrong."""
+
+    paper = {"train": 1009, "dev": None, "test": 912, "turns": 7.3}  # Table 1
+    instruction = (
+        "You carry out a task on a web site, one action at a time. Each turn shows the latest actions, then the elements of the "
+        "page that may matter, each with its number in brackets, then the task.\n"
+        "Your actions, where N is the number of an element:\n"
+        "click [N]: press it; also to hover over it or to confirm\n"
+        "type [N] text: write the text into it\n"
+        "select [N] value: choose the value from its list\n"
+        "The pages were recorded from a person, and go on as that person did, whatever you do: trust the list of actions.\n"
+        "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def __init__(self, data: str | None = None, candidates: int = 20, dev: int = 50):
+        _need(isinstance(candidates, int) and candidates >= 1 and isinstance(dev, int) and dev >= 0, "mind2web",
+              f"candidates must be a number, at least 1, and dev one, at least 0, not {candidates!r} and {dev!r}")
+        folder, self.count, self.tasks, self.read = _benchmark_folder("mind2web", data), candidates, {}, {}
+        self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+        for split, name in MIND2WEB_FOLDERS.items():
+            paths = sorted(glob.glob(os.path.join(glob.escape(folder), name, "*.json")))
+            _need(bool(paths) or split.startswith("test_"), os.path.join(folder, name), "has no .json files; get from the "
+                  "Hugging Face data set osunlp/Mind2Web data/train/*.json and test.zip, which has test_domain/, test_task/ and "
+                  "test_website/, put the four folders side by side, and with them scores_all_data.pkl")
+            for path in paths:
+                self.splits.setdefault(split, []).extend(self.scan(path, split == "train"))
+        held_out = set(sorted(self.splits["train"], key=lambda i: hashlib.sha1(i.encode()).hexdigest())[:dev])
+        self.splits["dev"] = [i for i in self.splits["train"] if i in held_out]
+        self.splits["train"] = [i for i in self.splits["train"] if i not in held_out]
+        _need(bool(self.splits["train"]), folder, f"has no train task left when {dev} are held out; lower dev")
+        scores = os.path.join(folder, "scores_all_data.pkl")
+        self.ranked = read_ranks(scores, candidates) if os.path.exists(scores) else None
+
+    def scan(self, path: str, train: bool) -> list[str]:
+        """Checks a file's tasks and notes where each stands: their pages take gigabytes, so they are read when played."""
+        names = []
+        for number, (row, start, size) in enumerate(_stream_json(path)):
+            try:
+                name, actions = row["annotation_id"], row["actions"]
+                texts = [name, row["domain"], row["website"], row["confirmed_task"], *row["action_reprs"]]
+                for action in actions:
+                    op, elements = action["operation"], action["pos_candidates"] + action["neg_candidates"]
+                    texts += [action["action_uid"], action["cleaned_html"], op["op"], op.get("value") or ""]
+                    texts += [text for c in elements for text in (c["backend_node_id"], c["tag"])]
+                    if op["op"] not in ("CLICK", "TYPE", "SELECT"):
+                        raise ValueError(f"an operation {op['op']!r}")
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"{next(text for text in texts if not isinstance(text, str))!r} where text should be")
+                if len(row["action_reprs"]) != len(actions) or name in self.tasks:
+                    raise ValueError(f"{len(actions)} actions, {len(row['action_reprs'])} action_reprs; or another task's id")
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise InputError(f"{path}: task {number}, counted from 0, is not as Mind2Web writes it ({type(error).__name__}: "
+                                 f"{error}); download the file again") from None
+            kept = [i for i, action in enumerate(actions) if action["pos_candidates"] or not train]
+            if kept:
+                self.tasks[name] = RecordedTask(path, start, size, row["domain"], kept, train)
+                names.append(name)
+        return names
+
+    @functools.cached_property
+    def example(self) -> str:
+        """The shortest text of the first train tasks."""
+        return min((render(self.expert(i)) for i in self.splits["train"][:10]), key=len)
+
+    def max_steps(self, task_id: str) -> int:
+        return len(self.recorded(task_id).kept)
+
+    def task_type(self, task_id: str) -> str:
+        return self.recorded(task_id).domain
+
+    def recorded(self, task_id: str) -> RecordedTask:
+        _need(task_id in self.tasks, "mind2web", f"there is no task {task_id!r}; the first is {next(iter(self.tasks), None)!r}")
+        return self.tasks[task_id]
+
+    def pages(self, task_id: str) -> list[RecordedPage]:
+        """The turns of a task. Reading a page takes long (184 KB: 30 ms), so the texts are kept, about 20 KB a task."""
+        if task_id not in self.read:
+            recorded = self.recorded(task_id)
+            with open(recorded.path, "rb") as file:
+                file.seek(recorded.start)
+                task = json.loads(file.read(recorded.size))
+            self.read[task_id] = [self.page(task, i) for i in recorded.kept]
+        return self.read[task_id]
+
+    def page(self, task: dict, i: int) -> RecordedPage:
+        """The page before action i."""
+        action, before = task["actions"][i], task["action_reprs"][max(0, i - 5):i]
+        shown = self.candidates(task["annotation_id"], action)
+        found = PageElements(action["cleaned_html"], set(shown)).found
+        found |= {node: (tag, {}, []) for node, tag in shown.items() if node not in found}
+        lines, names = zip(*(describe(*element) for element in found.values())) if found else ((), ())
+        numbers = {node: n for n, node in enumerate(found)}
+        right = [numbers[node] for node in target_first(action["pos_candidates"]) if node in numbers]
+        op, value = action["operation"]["op"], " ".join((action["operation"].get("value") or "").split())
+        gold = f"{op.lower()} [{right[0] if right else 0}] {value * (op != 'CLICK')}".strip()
+        before = "".join(f"\n- {' '.join(done.split())}" for done in before) or " none"
+        text = [f"Web site: {task['website']}", f"Previous actions:{before}", "Elements:",
+                *(f"[{n}] {line}" for n, line in enumerate(lines)), f"Task: {' '.join(task['confirmed_task'].split())}"]
+        return RecordedPage("\n".join(text), list(names), right, gold)
+
+    def candidates(self, task_id: str, action: dict) -> dict[str, str]:
+        """{node id: tag} of the elements to show."""
+        right, key = target_first(action["pos_candidates"]), f"{task_id}_{action['action_uid']}"
+        tags = {c["backend_node_id"]: c["tag"] for c in action["neg_candidates"] + action["pos_candidates"]}
+        if self.ranked is None:
+            others, nodes = [node for node in tags if node not in right], right[:self.count]
+            nodes += random.Random(f"mind2web:{key}").sample(others, min(self.count - len(nodes), len(others)))
+        else:
+            _need(key in self.ranked, "scores_all_data.pkl", f"has no ranks for {key}; is it the file for these tasks?")
+            nodes = [node for node in self.ranked[key] if node in tags]
+            if self.tasks[task_id].train and not set(right) & set(nodes):
+                nodes = nodes[:self.count - 1] + right[:1]
+        return {node: tags[node] for node in nodes}
+
+    def start(self, task_id: str) -> tuple[Mind2WebEpisode, str]:
+        pages = self.pages(task_id)
+        return Mind2WebEpisode(pages), pages[0].observation
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """The annotated actions with thoughts; None where a page does not show the annotated element."""
+        pages, (episode, _), trajectory = self.pages(task_id), self.start(task_id), Trajectory(task_id)
+        if not all(page.right for page in pages):
+            return None
+        for page in pages:
+            op, number, value = web_action(f"Action: {page.gold}")
+            name = f"the {page.names[number]!r} element"
+            thought = {"CLICK": f"To go on with the task I click {name}.", "TYPE": f"Into {name} I type {value!r}.",
+                       "SELECT": f"In {name} I select {value!r}."}[op]
+            if value and value.lower() in page.observation.rsplit("\nTask: ", 1)[1].lower():
+                thought = f"The task says {value!r}. {thought}"
+            trajectory.steps.append(Step(page.observation, f"Thought: {thought}\nAction: {page.gold}"))
+            _, trajectory.reward, _, trajectory.info = episode.step(trajectory.steps[-1].action)
+        return trajectory
+
+
+class RankReader(pickle.Unpickler):
+    """Unpickles dicts, lists, text and numbers, those of numpy included, and refuses everything else: a pickle can name any
+    function to be called. Numpy's own numbers are rebuilt here, as its code trusts the bytes."""
+
+    class Kind:                                                      # numpy.dtype
+        def __init__(self, code: str, *_):
+            self.code, self.order = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}[code], "<"
+
+        def __setstate__(self, state: tuple):
+            self.order = ">" if state[1] == ">" else "<"
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("numpy", "dtype"):
+            return self.Kind
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return lambda kind, data: struct.unpack(kind.order + kind.code, data)[0]
+        if (module, name) == ("_codecs", "encode"):                  # bytes in old pickles
+            return lambda text, _: text.encode("latin1")
+        if (module, name) in (("collections", "defaultdict"), ("collections", "OrderedDict")):
+            return lambda *_: {}
+        if module in ("builtins", "__builtin__") and name in ("dict", "list", "str", "float", "int"):
+            return {"dict": dict, "list": list, "str": str, "float": float, "int": int}[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no score file needs")
+
+
+def read_ranks(path: str, count: int) -> dict[str, list[str]]:
+    """{"<annotation id>_<action uid>": [the first `count` node ids, best first]} of Mind2Web's score file."""
+    try:
+        with open(path, "rb") as file:
+            ranks = RankReader(file).load()["ranks"]
+        first = {key: sorted((rank, node) for node, rank in nodes.items() if rank < count) for key, nodes in ranks.items()}
+        return {key: [str(node) for _, node in nodes] for key, nodes in first.items()}
+    except Exception as error:                                       # a broken pickle can raise anything
+        raise InputError(f"{path}: not Mind2Web's score file, {{'scores': .., 'ranks': {{sample: {{node: rank}}}}}} "
+                         f"({type(error).__name__}: {error}); download it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # HotpotQA (Yang et al., 2018), 2WikiMultihopQA (Ho et al., 2020), MuSiQue (Trivedi et al., 2022)
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
@@ -1155,7 +1796,7 @@ class QA:
         return trajectory
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld,
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "webshop": WebShop, "mind2web": Mind2Web,
                 **{name: functools.partial(QA, name) for name in QA_BENCHMARKS}}
 
 
