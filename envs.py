@@ -1828,7 +1828,9 @@ def some(tasks: list[str], most: int) -> list[str]:
 # Looking at an environment from the terminal
 # ---------------------------------------------------------------------------------------------------------------------
 def stats(env) -> None:
-    """Prints, for each split and task type, how many tasks there are and how the expert does on them."""
+    """Prints, for each split and task type, how many tasks there are and how the expert does on them; first the paper's Table 1."""
+    if paper := getattr(env, "paper", None):
+        print("paper: " + ", ".join(f"{split} {paper[split] or '-'} tasks" for split in ("train", "dev", "test")) + f", {paper['turns']} turns")
     for split, ids in env.splits.items():
         groups: dict[str, list[Trajectory]] = {"all": []}
         for t in filter(None, map(env.expert, ids)):
@@ -1862,13 +1864,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Look at an environment.")
     parser.add_argument("env", help=f"one of: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--task", default=None, help="a task id (default: the first train task)")
+    parser.add_argument("--env-options", default="", help="options of the environment, as key=value words, e.g. 'data=FOLDER'")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--stats", action="store_true", help="tasks, and the expert's turns and successes, by split and type")
     what.add_argument("--expert", action="store_true", help="print one episode of the expert")
     what.add_argument("--play", action="store_true", help="play one task yourself")
     args = parser.parse_args()
     try:
-        env = make_env(args.env)
+        env = make_env(args.env, **env_options(args.env_options))
         task = args.task or env.splits["train"][0]
         if args.stats:
             stats(env)

@@ -83,7 +83,8 @@ def option(default, help: str, tiny=None, choices=None):
 @dataclass
 class Config:
     # what
-    env: str = option("household", "environment: household, scienceworld")
+    env: str = option("household", "environment: household, scienceworld, alfworld, webshop, mind2web, hotpotqa, 2wikimultihopqa, musique; where "
+                                "its files are not found, the error says which to download")
     env_options: str = option("", "options of the environment, as key=value words, e.g. 'tasks=boil,melt variations=20'")
     model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
                                 "random weights made here (models/tiny-household: pretrained); a folder whose name begins with "
@@ -95,7 +96,7 @@ class Config:
     seed: int = option(0, "seed of everything random")
     init: str = option("", "folder of an SFT'd policy to start from, instead of running SFT")
     # expert data
-    expert: str = option("", "file of expert trajectories (ETO's JSON, or our JSONL), instead of the environment's own expert")
+    expert: str = option("", "file of expert trajectories (ETO's JSON, FireAct's, or our JSONL), instead of the environment's own expert")
     experts: int = option(0, "expert trajectories to use, 0 = all of the train split", tiny=1300)
     sft_experts: int = option(0, "of these, at most how many SFT learns from (the first ones), 0 = all", tiny=700)
     practice_experts: int = option(0, "of these, at most how many are practised (the last ones), 0 = all", tiny=600)
