@@ -14,8 +14,8 @@ run() { "$bin/torchrun" --standalone --nproc_per_node "$ranks" stepagent.py --en
 started=$(date +%s)
 run --method sft --out "$out/sft"
 init=(--init "$out/sft/policy")
-# learning rates: the best of tune.py's grid for each
-run --method stepagent-implicit "${init[@]}" --lr 5e-5 --out "$out/implicit"
+# learning rates: the best that `reproduce.py tune` found for each
+run --method stepagent-implicit "${init[@]}" --lr 1.5e-4 --out "$out/implicit"
 run --method sft+ "${init[@]}" --lr 5e-4 --match "$out/implicit" --out "$out/sft_plus"
 run --method stepagent-inverse "${init[@]}" --lr 5e-5 --batch 256 --out "$out/inverse"
 echo
