@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REFUSALS = ("Nothing happens.", "No known action", "Unknown action", "That is not an action.")      # how the worlds begin "not understood"
+# How each world begins its answer to an invalid action, and to no other. WebShop and Mind2Web show their page again: not to be told.
+REFUSALS = {"household": ("Nothing happens.",), "alfworld": ("Nothing happens.",), "scienceworld": ("No known action", "Unknown action")} | \
+    dict.fromkeys(("hotpotqa", "2wikimultihopqa", "musique"), ("That is not an action.",))
 
 
 class Texts(dict):
@@ -35,12 +37,12 @@ def collect(run: Path) -> dict:
     """Everything that the page shows. SystemExit with one line that names the file and the remedy if it is not a finished run."""
     if not run.is_dir():
         sys.exit(f"error: {run}: there is no such directory; give the --out of a finished run of stepagent.py")
-    state, about = (whole(run / name) for name in ("state.json", "config.json"))
-    if "policy" not in state.get("done", []):
-        sys.exit(f"error: {run}/state.json: the run is not finished (last phase: {(state.get('done') or ['none'])[-1]}); give the "
-                 "command that began it again, it goes on from there")
-    config, texts = about["config"], Texts()
-    type_of = task_types(config["env"])
+    done = parsed(run / "state.json", 1, read(run / "state.json"), lambda r: list(r["done"]))
+    if "policy" not in done:
+        sys.exit(f"error: {run}/state.json: the run is not finished (last phase: {(done or ['none'])[-1]}); give the command that began "
+                 "it again, it goes on from there")
+    about = parsed(run / "config.json", 1, read(run / "config.json"), lambda r: {k: r[k] for k in ("config", "versions", "commit", "ranks")})
+    type_of, texts = task_types(about["config"]["env"]), Texts()
     number = lambda path: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", str(path))]             # iter_10 after iter_9
 
     def practice(r: dict) -> list:
@@ -51,7 +53,7 @@ def collect(run: Path) -> dict:
                 [texts[x] for x in r["practice"]], r["practice_logp"], r["differs"], r.get("expert_log_d"), r.get("practice_log_d")]
 
     def episode(r: dict) -> dict:
-        bad, missed = invalid_turns(r["steps"], r["invalid"], r.get("last"))
+        bad, missed = invalid_turns(r["steps"], r["invalid"], r.get("last"), REFUSALS.get(about["config"]["env"]))
         known = ("task_id", "task_type", "reward", "truncated", "invalid", "steps", "last")
         return {"task": r["task_id"], "type": r["task_type"], "reward": r["reward"], "truncated": r["truncated"], "invalid": r["invalid"],
                 "missed": missed, "last": texts[r.get("last") or ""], "more": {k: x for k, x in r.items() if k not in known},
@@ -63,18 +65,17 @@ def collect(run: Path) -> dict:
             "metrics": lines(run / "metrics.jsonl", lambda r: {"phase": r["phase"], "iteration": r["iteration"], "step": r["step"], **r}),
             "practice": [{"iteration": int(p.parent.name[5:]), "rows": lines(p, practice)}
                          for p in sorted(run.glob("iter_*/practice.jsonl"), key=number)],
-            "episodes": [{"name": name, "rows": lines(p, episode)} for name, p in files],
+            "episodes": [{"name": name, "own": p.name == "episodes.jsonl", "rows": lines(p, episode)} for name, p in files],
             "texts": list(texts)}                                                  # last: the lines above have filled it
 
 
-def invalid_turns(steps: list[dict], count: int, last: str | None) -> tuple[list[bool], int]:
-    """An episode's file has the number of invalid actions, not which: the world's next answer shows it, where it is one of REFUSALS.
-    -> a mark for each turn, and how many invalid ones could not be found."""
+def invalid_turns(steps: list[dict], count: int, last: str | None, refusals: tuple[str, ...] | None) -> tuple[list[bool], int]:
+    """An episode's file has the number of its invalid actions, not which; the world's next answer shows that where a world refuses in its
+    own words. -> a mark for each turn, and the number of invalid actions that could not be found."""
     if count in (0, len(steps)):
         return [count > 0] * len(steps), 0
-    answers = [s["observation"] for s in steps[1:]] + [last or ""]
-    bad = [answer.startswith(REFUSALS) for answer in answers]
-    if last is None and sum(bad) == count - 1:                                     # older files lack the answer to the last action
+    bad = [answer.startswith(refusals or ()) for answer in [s["observation"] for s in steps[1:]] + [last or ""]]
+    if refusals and last is None and sum(bad) == count - 1:                        # evaluations lack the answer to the last action
         bad[-1] = True
     return (bad, count - sum(bad)) if sum(bad) <= count else ([False] * len(steps), count)
 
@@ -96,27 +97,26 @@ def glossary() -> dict[str, str]:
     return {name: meaning.replace("`", "").replace("\\", "") for names, meaning in found for name in re.findall(r"`(\w+)`", names)}
 
 
-def whole(path: Path) -> dict:
-    if not path.exists():
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         sys.exit(f"error: {path} is missing; give the --out of a finished run of stepagent.py")
-    [value] = lines(path, dict, path.read_text(encoding="utf-8", errors="replace").strip())
-    return value
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be read ({error.strerror}); give the --out of a finished run of stepagent.py")
 
 
-def lines(path: Path, form, text: str | None = None) -> list:
-    """form(object) of each line; a NaN, which JSON does not have, becomes null."""
-    if text is None and not path.exists():
-        sys.exit(f"error: {path} is missing; give the --out of a finished run of stepagent.py")
-    found, rows = [text] if text is not None else path.read_text(encoding="utf-8", errors="replace").split("\n"), []
-    for n, line in enumerate(found, 1):
-        try:
-            if line.strip():
-                rows.append(form(json.loads(line, parse_constant=lambda _: None)))
-        except Exception as error:                                                 # whatever a damaged line does
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            sys.exit(f"error: {path}, line {n}: not what stepagent.py writes ({what.splitlines()[0][:120] if what else type(error).__name__}); "
-                     "restore the file or run again into a new directory")
-    return rows
+def parsed(path: Path, n: int, text: str, form):
+    """form(the object in a line). A NaN, which JSON does not have, becomes null."""
+    try:
+        return form(json.loads(text, parse_constant=lambda _: None))
+    except Exception as error:                                                     # whatever a damaged line does
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0][:120] or type(error).__name__
+        sys.exit(f"error: {path}, line {n}: not what stepagent.py writes ({what}); restore the file or run again into a new directory")
+
+
+def lines(path: Path, form) -> list:
+    return [parsed(path, n, line, form) for n, line in enumerate(read(path).split("\n"), 1) if line.strip()]
 
 
 def page(data: dict) -> str:
@@ -150,244 +150,302 @@ def main() -> None:
 
 
 STYLE = """
-:root { --bg: #fbfaf7; --card: #fff; --ink: #1c2025; --soft: #5b636d; --line: #d9d6cf; --accent: #0b5cad; --bad: #a8330b; --mark: #1c2025;
-  --s0: #0b5cad; --s1: #b5500a; --s2: #00756a; --s3: #7b3fa0;
-  --m3: #f9c49a; --m2: #fbd9bd; --m1: #fdeee1; --z: #f1f0ec; --p1: #e5f0fb; --p2: #c6dff6; --p3: #9cc7ef; --edge-m: #b5500a; --edge-p: #0b5cad }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --card: #1c2025; --ink: #e6e8ea; --soft: #a3abb5; --line: #363c44; --accent: #79b8ff;
-  --bad: #ff9a6b; --mark: #e6e8ea; --s0: #79b8ff; --s1: #ffa657; --s2: #56d4c0; --s3: #d2a8ff;
-  --m3: #74400f; --m2: #573414; --m1: #3a2a1b; --z: #282c32; --p1: #1d2c3d; --p2: #1b3c5f; --p3: #1a4f85; --edge-m: #ffa657; --edge-p: #79b8ff } }
+:root { --bg: #fbfaf7; --card: #fff; --ink: #1c2025; --soft: #5b636d; --line: #d9d6cf; --accent: #0b5cad; --bad: #a8330b;
+  --c0: #0b5cad; --c1: #b5500a; --c2: #00756a; --c3: #7b3fa0; --edge-m: #b5500a; --edge-p: #0b5cad;
+  --m3: #f9c49a; --m2: #fbd9bd; --m1: #fdeee1; --z: #f1f0ec; --p1: #e5f0fb; --p2: #c6dff6; --p3: #9cc7ef }
+@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --card: #1c2025; --ink: #e6e8ea; --soft: #a3abb5; --line: #363c44;
+  --accent: #79b8ff; --bad: #ff9a6b; --c0: #79b8ff; --c1: #ffa657; --c2: #56d4c0; --c3: #d2a8ff; --edge-m: #ffa657; --edge-p: #79b8ff;
+  --m3: #74400f; --m2: #573414; --m1: #3a2a1b; --z: #282c32; --p1: #1d2c3d; --p2: #1b3c5f; --p3: #1a4f85 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1240px; padding: 24px 24px 80px; background: var(--bg); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px } h3 { font-size: 14px; margin: 0 }
-p { margin: 4px 0 } .soft { color: var(--soft) } small, .small { font-size: 13px } a { color: var(--accent) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-nav#nav { position: sticky; top: 0; z-index: 2; display: flex; gap: 24px; padding: 12px 0 0; margin: 16px 0; background: var(--bg); border-bottom: 1px solid var(--line) }
-nav#nav a { padding: 6px 2px; text-decoration: none; color: var(--soft) }
-nav#nav a[aria-current] { color: var(--ink); font-weight: 600; box-shadow: inset 0 -3px var(--accent) }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0 8px } .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 16px }
-.tile b { display: block; font-size: 24px; line-height: 1.25 }
-.options { columns: 3 260px; margin: 8px 0; font-size: 13px; overflow-wrap: anywhere }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 16px }
-figure, .step, .episode { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px } figure { padding: 12px 12px 6px }
-figure svg { display: block; width: 100%; touch-action: pan-y } svg text { fill: var(--soft); font-size: 11px } .grid { stroke: var(--line); stroke-width: 1 }
-.read { font-size: 13px; min-height: 40px } .read b { font-weight: 600; white-space: nowrap } .key { display: inline-block; width: 16px; margin-right: 4px; vertical-align: middle }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 14px } th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600; color: var(--soft) }
-.filters { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: end; margin: 8px 0 } label { font-size: 13px; color: var(--soft); display: grid }
-select, input, button { font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 4px 8px; min-height: 34px }
-input { width: 260px } button { cursor: pointer } button:disabled { opacity: .5; cursor: default } button.link { border: 0; background: none; padding: 0; min-height: 0; color: var(--accent); text-decoration: underline }
-.pages { display: flex; gap: 12px; align-items: center; margin: 12px 0; font-size: 14px }
-.step { padding: 12px 16px; margin-bottom: 12px } .head { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: baseline; font-size: 13px; color: var(--soft) }
-.text, .line { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; margin: 0 } .text { max-height: 260px; overflow: auto; margin: 6px 0 10px }
-.acts { display: grid; grid-template-columns: repeat(auto-fill, minmax(265px, 1fr)); gap: 8px }
-.act { border-radius: 6px; padding: 8px 12px; border-left: 4px solid var(--line); background: var(--z) } .act .head { justify-content: space-between; color: var(--ink); opacity: .85 }
-.act.expert { background: none; border: 1px solid var(--line); border-left: 4px double var(--ink) }
-.m1, .m2, .m3 { border-left-color: var(--edge-m) } .p1, .p2, .p3 { border-left-color: var(--edge-p) }
-.m3 { background: var(--m3) } .m2 { background: var(--m2) } .m1 { background: var(--m1) } .z { background: var(--z) } .p1 { background: var(--p1) } .p2 { background: var(--p2) } .p3 { background: var(--p3) }
-.line.do { font-weight: 600 } mark { background: none; color: inherit; text-decoration: underline 2px; text-underline-offset: 3px; text-decoration-color: var(--mark) }
-.legend { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; font-size: 13px; margin: 8px 0 } .legend span.sw { padding: 2px 10px; border-radius: 4px; border-left: 4px solid var(--line) }
-.legend .m1, .legend .m2, .legend .m3 { border-left-color: var(--edge-m) } .legend .p1, .legend .p2, .legend .p3 { border-left-color: var(--edge-p) }
-.episode { margin-bottom: 6px } .episode summary { padding: 8px 16px; cursor: pointer; display: flex; flex-wrap: wrap; gap: 4px 14px } .episode summary::before { content: "\\25B8"; color: var(--soft) }
-.episode[open] summary::before { content: "\\25BE" } .goal { flex: 1 1 320px; color: var(--soft); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0 }
-.won { color: var(--s0); font-weight: 600 } .lost, .bad { color: var(--bad); font-weight: 600 } ol.turns { list-style: none; margin: 0; padding: 0 16px 12px }
-.turn { display: grid; grid-template-columns: 28px minmax(0, 1fr) minmax(0, 1fr); gap: 4px 16px; padding: 8px 0 8px 8px; border-top: 1px solid var(--line); border-left: 4px solid transparent }
-.turn .text { margin: 0 } .turn.wrong { border-left-color: var(--bad) } @media (max-width: 700px) { .turn { grid-template-columns: 28px 1fr } .turn > :nth-child(3) { grid-column: 2 } }
+body { margin: 0 auto; max-width: 1240px; padding: 20px 24px 80px; background: var(--bg); color: var(--ink); font-variant-numeric: tabular-nums;
+  font-family: system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-size: 15px; line-height: 1.5 }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 } h2 { font-size: 18px; margin: 28px 0 8px } h3 { font-size: 14px; margin: 0 }
+p { margin: 4px 0 } .soft { color: var(--soft) } .small { font-size: 13px } .c0 { --c: var(--c0) } .c1 { --c: var(--c1) }
+.c2 { --c: var(--c2) } .c3 { --c: var(--c3) } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+nav { position: sticky; top: 0; z-index: 2; display: flex; gap: 24px; padding-top: 8px; margin: 8px 0 16px; background: var(--bg);
+  border-bottom: 1px solid var(--line) } nav a { padding: 6px 2px; text-decoration: none; color: var(--soft) }
+nav a[aria-current] { color: var(--ink); font-weight: 600; box-shadow: inset 0 -3px var(--accent) }
+figure, .tile, .step, .episode { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px }
+.tiles, .filters, .legend, .pages, .head, summary.row { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: baseline }
+.tiles { gap: 12px } .tile { padding: 8px 16px } .tile b { display: block; font-size: 24px; line-height: 1.25 }
+.options { columns: 3 260px; margin: 8px 0; overflow-wrap: anywhere }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(272px, 1fr)); gap: 12px; margin: 4px 0 } figure { padding: 10px 12px 6px }
+figure > svg { display: block; width: 100%; touch-action: pan-y } svg { fill: none } .c0, .c1, .c2, .c3 { stroke: var(--c) } .grid { stroke: var(--line) }
+svg text { fill: var(--soft); stroke: none; font-size: 11px } svg text.dot { fill: var(--c); text-anchor: middle } .raw { opacity: .35 }
+.c1 .dash { stroke-dasharray: 6 3 } .c2 .dash { stroke-dasharray: 2 3 } .c3 .dash { stroke-dasharray: 8 3 2 3 } .dash { stroke-width: 2 }
+.read { font-size: 13px; min-height: 40px } .read span { display: inline-block; margin-right: 10px } .key { width: 20px; margin-right: 4px }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 14px } th { color: var(--soft) }
+th, td { padding: 3px 20px 3px 0; text-align: right; border-bottom: 1px solid var(--line) } th:first-child, td:first-child { text-align: left }
+.filters { align-items: end; gap: 8px 16px } label { font-size: 13px; color: var(--soft); display: grid }
+select, input, button { font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: 4px 8px; min-height: 34px; max-width: 100% } input { width: 240px } button { cursor: pointer } button:disabled { opacity: .5; cursor: default }
+button.link { border: 0; background: none; padding: 0; min-height: 0; color: var(--accent); text-decoration: underline }
+.pages { align-items: center; margin: 12px 0 } .legend { gap: 4px; font-size: 13px; margin: 12px 0 } .legend p { flex-basis: 100% }
+.step { padding: 10px 14px 14px; margin-bottom: 12px } .head { font-size: 13px; color: var(--soft) }
+.text, .line { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; margin: 0 } .line.do { font-weight: 600 }
+.text { max-height: 260px; overflow: auto } .step > .text { margin: 4px 0 8px }
+mark { background: none; color: inherit; text-decoration: underline 1.5px; text-underline-offset: 3px }
+.acts { display: grid; grid-template-columns: repeat(auto-fill, minmax(258px, 1fr)); gap: 8px }
+.act, .swatch { border-radius: 6px; padding: 8px 12px; border-left: 4px solid var(--line) } .swatch { padding: 2px 10px }
+.act .head { justify-content: space-between; color: inherit } .act.expert { border: 1px solid var(--line); border-left: 4px double var(--ink) }
+.m1, .m2, .m3 { border-left-color: var(--edge-m) } .p1, .p2, .p3 { border-left-color: var(--edge-p) } .m3 { background: var(--m3) }
+.m2 { background: var(--m2) } .m1 { background: var(--m1) } .z { background: var(--z) } .p1 { background: var(--p1) }
+.p2 { background: var(--p2) } .p3 { background: var(--p3) }
+.episode { margin-bottom: 6px } summary { cursor: pointer } summary.row { padding: 8px 16px } summary.row::before { content: "\\25B8" }
+[open] > summary.row::before { content: "\\25BE" } .goal { flex: 1 1 300px; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.won { color: var(--c0); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 } ol { list-style: none; margin: 0; padding: 0 16px 12px }
+li { display: grid; grid-template-columns: 28px minmax(0, 1fr) minmax(0, 1fr); gap: 4px 16px; padding: 8px 0 8px 8px;
+  border-top: 1px solid var(--line); border-left: 4px solid transparent } li.wrong { border-left-color: var(--bad) }
+@media (max-width: 700px) { body { padding: 12px } li { grid-template-columns: 28px minmax(0, 1fr) } li > :nth-child(3) { grid-column: 2 } }
 """
 
 SCRIPT = r"""
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent), T = data.texts, c = data.about.config;
-const node = (space, tag, attributes, children) => {
-  const made = document.createElementNS("http://www.w3.org/" + space, tag);
-  for (const [name, x] of Object.entries(attributes ?? {})) if (typeof x == "function") made.addEventListener(name, x); else if (x != null && x !== false) made.setAttribute(name, x);
-  made.append(...children.flat(9).filter(x => x != null).map(x => x instanceof Node ? x : shown(String(x))));      // a string becomes a text node, never markup
-  return made;
-};
-const el = (tag, attributes, ...children) => node("1999/xhtml", tag, attributes, children), sv = (tag, attributes, ...children) => node("2000/svg", tag, attributes, children);
-const shown = text => text.replace(/[\x00-\x08\x0b-\x1f]/g, x => String.fromCharCode(0x2400 + x.charCodeAt(0)));    // control characters as their pictures
-const percent = x => (100 * x).toFixed(1) + "%", share = name => /^(accuracy|match|success|invalid|clip_share|stopped|d_auc)/.test(name);
-const figure = (x, name = "") => x == null ? "–" : share(name) ? percent(x) : (Math.abs(x) >= 1e4 || (x && Math.abs(x) < 1e-3) ? x.toExponential(2) : String(+x.toPrecision(4))).replace("-", "−");
-const signed = x => (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(1);
-const table = (head, rows) => el("div", {class: "scroll"}, el("table", {}, el("tr", {}, head.map(x => el("th", {scope: "col"}, x))), rows.map(r => el("tr", {}, r.map(x => el("td", {}, x))))));
+const byId = id => document.getElementById(id), data = JSON.parse(byId("data").textContent), T = data.texts, c = data.about.config;
 
-// ---------------------------------------------------------------- a chart: lines = [{name, points: [[x, y, low, high]]}]
-function chart(title, meaning, lines, xname, {name = title, joints = [], where = x => ""} = {}) {
-  const W = 360, H = 170, L = 50, R = 12, B = 22, top = 8, all = lines.flatMap(l => l.points), xs = [...new Set(all.map(p => p[0]))].sort((a, b) => a - b);
+// A string among the children becomes a text node, never markup; control characters in it are spelt out (\x04).
+function node(space, tag, attributes, children) {
+  const made = document.createElementNS("http://www.w3.org/" + space, tag);
+  for (const [name, x] of Object.entries(attributes))
+    if (typeof x == "function") made.addEventListener(name, x);
+    else if (x != null) made.setAttribute(name, x);
+  const shown = text => text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, x => "\\x" + x.charCodeAt(0).toString(16).padStart(2, "0"));
+  made.append(...children.flat(9).filter(x => x != null).map(x => x instanceof Node ? x : shown(String(x))));
+  return made;
+}
+const el = (tag, attributes, ...children) => node("1999/xhtml", tag, attributes, children);
+const sv = (tag, attributes, ...children) => node("2000/svg", tag, attributes, children);
+const percent = x => (100 * x).toFixed(1) + "%", share = name => /^(accuracy|match|success|invalid|clip_share|stopped)/.test(name);
+const short = x => (x && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3) ? x.toExponential(1) : String(+x.toPrecision(4))).replaceAll("-", "−");
+const figure = (name, x) => x == null ? "–" : share(name) ? percent(x) : short(x);
+const two = x => x.toFixed(2).replace("-", "−"), unique = items => [...new Set(items)];
+const table = (head, rows) => el("div", {class: "scroll"}, el("table", {}, el("tr", {}, head.map(x => el("th", {scope: "col"}, x))),
+  rows.map(r => el("tr", {}, r.map(x => el("td", {}, x))))));
+
+// ------------------------------------------------------------------ a chart of some series: {name, points: [[x, y, low, high], ..]}
+function chart(title, meaning, series, unit, joints = [], where = x => "") {
+  const W = 300, H = 150, left = 46, right = 288, base = 130, all = series.flatMap(s => s.points), xs = unique(all.map(p => p[0])).sort((a, b) => a - b);
+  const round = (from, to, n) => [1, 2, 5, 10].map(x => x * 10 ** Math.floor(Math.log10((to - from) / n))).find(x => x >= (to - from) / n * .999);
   let low = Math.min(...all.map(p => p[2] ?? p[1])), high = Math.max(...all.map(p => p[3] ?? p[1]));
-  if (high - low < 1e-9) { const room = Math.abs(low) * .1 || .05; low -= low == 0 && share(name) ? 0 : room; high += room; }
-  const [x0, x1] = [xs[0], xs.at(-1)], X = x => x1 == x0 ? (L + W - R) / 2 : L + 8 + (x - x0) / (x1 - x0) * (W - L - R - 16), Y = y => H - B - (y - low) / (high - low) * (H - B - top);
-  const ticks = (a, b, n) => { const raw = (b - a) / n, ten = 10 ** Math.floor(Math.log10(raw)), s = [1, 2, 5, 10].map(x => x * ten).find(x => x >= raw);
-    return Array.from({length: Math.floor(b / s + 1e-6) - Math.ceil(a / s - 1e-6) + 1}, (_, i) => +((Math.ceil(a / s - 1e-6) + i) * s).toPrecision(6)); };
-  const tick = y => share(name) ? +(100 * y).toPrecision(4) + "%" : figure(y);
-  const marks = [(x, y) => sv("circle", {cx: x, cy: y, r: 3.5}), (x, y) => sv("rect", {x: x - 3.2, y: y - 3.2, width: 6.4, height: 6.4}),
-                 (x, y) => sv("path", {d: `M${x} ${y - 4.5}l4.5 8h-9z`}), (x, y) => sv("path", {d: `M${x} ${y - 5}l5 5l-5 5l-5-5z`})];
-  const path = points => "M" + points.map(p => X(p[0]).toFixed(1) + " " + Y(p[1]).toFixed(1)).join("L"), cursor = sv("line", {class: "grid", y1: top, y2: H - B, visibility: "hidden"}), dots = sv("g");
-  const draw = (l, n) => { const colour = `var(--s${n % 4})`, dash = ["", "6 3", "2 3", "8 3 2 3"][n % 4], many = l.points.length > 60, half = Math.ceil(l.points.length / 60);
-    const mean = l.points.map((p, i) => { const w = l.points.slice(Math.max(0, i - half), i + half + 1); return [p[0], w.reduce((s, q) => s + q[1], 0) / w.length]; });
-    return sv("g", {stroke: colour, fill: "none"}, many ? sv("path", {d: path(l.points), "stroke-opacity": .35, "stroke-width": 1}) : null,
-      sv("path", {d: path(many ? mean : l.points), "stroke-width": 2, "stroke-dasharray": dash}),
-      l.points.filter(p => p[2] != null).map(p => sv("path", {d: `M${X(p[0]) + n * 4} ${Y(p[2])}V${Y(p[3])}`, "stroke-width": 1.5})),
-      l.points.length > 30 ? null : sv("g", {fill: colour, stroke: "none"}, l.points.map(p => marks[n % 4](X(p[0]) + (p[2] != null ? n * 4 : 0), Y(p[1])))));
+  if (high - low < 1e-9) [low, high] = low == 0 ? [0, .1] : [low - Math.abs(low) / 10, share(title) ? Math.min(1, high * 1.1) : high + Math.abs(low) / 10];
+  const dy = round(low, high, 3), y0 = Math.floor(low / dy + 1e-6), y1 = Math.ceil(high / dy - 1e-6), [x0, x1] = [xs[0], xs.at(-1)];
+  const dx = Math.max(1, x1 > x0 ? round(x0, x1, 5) : 1), ticks = (a, b, d) => Array.from({length: b - a + 1}, (_, i) => +((a + i) * d).toPrecision(9));
+  const X = x => x1 == x0 ? (left + right) / 2 : left + 8 + (x - x0) / (x1 - x0) * (right - left - 16);
+  const Y = y => base - (y / dy - y0) / (y1 - y0) * (base - 10), aside = (p, n) => X(p[0]) + (p[2] == null ? 0 : 4 * n);
+  const path = points => "M" + points.map(p => X(p[0]).toFixed(1) + " " + Y(p[1]).toFixed(1)).join("L");
+  const draw = ({points}, n) => {
+    const many = points.length > 60, half = Math.ceil(points.length / 60), mean = points.map((p, i) => {
+      const near = points.slice(Math.max(0, i - half), i + half + 1);
+      return [p[0], near.reduce((sum, q) => sum + q[1], 0) / near.length];
+    });
+    return sv("g", {class: "c" + n % 4}, many ? sv("path", {d: path(points), class: "raw"}) : null, sv("path", {d: path(many ? mean : points), class: "dash"}),
+      points.length > 30 ? null : points.map(p => [p[2] == null ? null : sv("path", {d: `M${aside(p, n)} ${Y(p[2])}V${Y(p[3])}`}),
+        sv("text", {class: "dot", x: aside(p, n), y: Y(p[1]) + 4}, "●■▲◆"[n % 4])]));
   };
-  const maps = lines.map(l => new Map(l.points.map(p => [p[0], p]))), read = el("div", {class: "read soft"}), svg = sv("svg", {viewBox: `0 0 ${W} ${H}`, tabindex: 0, role: "slider",
-    "aria-label": `${title}, by ${xname}`, "aria-valuemin": 0, "aria-valuemax": xs.length - 1},
-    ticks(low, high, 3).map(y => [sv("line", {class: "grid", x1: L, x2: W - R, y1: Y(y), y2: Y(y)}), sv("text", {x: L - 6, y: Y(y) + 4, "text-anchor": "end"}, tick(y))]),
-    joints.map(x => sv("line", {class: "grid", x1: X(x), x2: X(x), y1: top, y2: H - B, "stroke-dasharray": "3 3"})),
-    (x1 == x0 ? [x0] : ticks(x0, x1, Math.min(5, x1 - x0)).filter(Number.isInteger)).map(x => sv("text", {x: X(x), y: H - 6, "text-anchor": "middle"}, x)), cursor, lines.map(draw), dots);
+  const cursor = sv("g", {}), read = el("div", {class: "read soft"});
+  const svg = sv("svg", {viewBox: `0 0 ${W} ${H}`, tabindex: 0, role: "slider", "aria-label": `${title}, by ${unit}`, "aria-valuemax": xs.length - 1},
+    ticks(y0, y1, dy).map(y => [sv("line", {class: "grid", x1: left, x2: right, y1: Y(y), y2: Y(y)}),
+      sv("text", {x: left - 6, y: Y(y) + 4, "text-anchor": "end"}, share(title) ? short(100 * y) + "%" : short(y))]),
+    joints.map(x => sv("line", {class: "grid", x1: X(x), x2: X(x), y1: 10, y2: base, "stroke-dasharray": "3 3"})),
+    ticks(Math.ceil(x0 / dx), Math.floor(x1 / dx), dx).map(x => sv("text", {x: X(x), y: H - 4, "text-anchor": "middle"}, x)), series.map(draw), cursor);
+  const maps = series.map(s => new Map(s.points.map(p => [p[0], p])));
   let at = xs.length - 1;
-  const point = (i, visible = true) => {
-    at = Math.max(0, Math.min(xs.length - 1, i));
-    const x = xs[at], found = maps.map(m => m.get(x));
-    for (const [k, y] of [["x1", X(x)], ["x2", X(x)], ["visibility", visible ? "visible" : "hidden"]]) cursor.setAttribute(k, y);
-    dots.replaceChildren(...found.map((p, n) => p && visible ? sv("circle", {cx: X(x) + (p[2] != null ? n * 4 : 0), cy: Y(p[1]), r: 5, fill: "none", stroke: `var(--s${n % 4})`, "stroke-width": 2}) : "").filter(Boolean));
-    const says = found.map((p, n) => p && [lines[n].name, figure(p[1], name) + (p[2] != null ? ` [${figure(p[2], name)}, ${figure(p[3], name)}]` : ""), n]).filter(Boolean);
-    read.replaceChildren(`${xname} ${x}${where(x)}: `, ...says.flatMap(([label, value, n]) => [lines.length > 1 ? sv("svg", {class: "key", viewBox: "0 0 16 8", height: 8},
-      sv("line", {x1: 0, x2: 16, y1: 4, y2: 4, stroke: `var(--s${n % 4})`, "stroke-width": 2.5, "stroke-dasharray": ["", "4 2", "2 2", "5 2 2 2"][n % 4]})) : "", el("b", {}, (lines.length > 1 ? label + " " : "") + value), " "]));
-    svg.setAttribute("aria-valuenow", at); svg.setAttribute("aria-valuetext", read.textContent);
+  const point = (to, seen = true) => {
+    at = Math.max(0, Math.min(xs.length - 1, to));
+    const x = xs[at], found = maps.flatMap((m, n) => m.has(x) ? [[m.get(x), n]] : []);
+    cursor.replaceChildren(...seen ? [sv("line", {class: "grid", x1: X(x), x2: X(x), y1: 10, y2: base}),
+      ...found.map(([p, n]) => sv("circle", {class: "c" + n % 4, cx: aside(p, n), cy: Y(p[1]), r: 6}))] : []);
+    read.replaceChildren(`${unit} ${x}${where(x)}: `, ...found.map(([p, n]) => el("span", {}, series.length == 1 ? null : [
+      sv("svg", {class: "key c" + n % 4, viewBox: "0 0 20 10", height: 10}, sv("path", {d: "M0 5H20", class: "dash"}), sv("text", {class: "dot", x: 10, y: 9}, "●■▲◆"[n % 4])),
+      series[n].name + " "], el("b", {}, figure(title, p[1])), p[2] == null ? "" : ` [${figure(title, p[2])}, ${figure(title, p[3])}]`)));
+    svg.setAttribute("aria-valuenow", at);
+    svg.setAttribute("aria-valuetext", read.textContent);
   };
-  const nearest = e => { const box = svg.getBoundingClientRect(), x = (e.clientX - box.left) / box.width * W; return xs.reduce((best, v, i) => Math.abs(X(v) - x) < Math.abs(X(xs[best]) - x) ? i : best, 0); };
-  svg.addEventListener("pointermove", e => point(nearest(e)));
-  svg.addEventListener("pointerleave", () => point(xs.length - 1, false));
-  svg.addEventListener("blur", () => point(at, false));
-  svg.addEventListener("keydown", e => { const to = {ArrowLeft: at - 1, ArrowRight: at + 1, PageDown: at - 20, PageUp: at + 20, Home: 0, End: xs.length - 1}[e.key]; if (to != null) { e.preventDefault(); point(to); } });
+  svg.addEventListener("pointermove", e => {
+    const box = svg.getBoundingClientRect(), x = (e.clientX - box.left) / box.width * W;
+    point(xs.reduce((best, v, i) => Math.abs(X(v) - x) < Math.abs(X(xs[best]) - x) ? i : best, 0));
+  });
+  for (const leave of ["pointerleave", "blur"]) svg.addEventListener(leave, () => point(xs.length - 1, false));
+  svg.addEventListener("keydown", e => {
+    const to = {ArrowLeft: at - 1, ArrowRight: at + 1, PageDown: at - 20, PageUp: at + 20, Home: 0, End: xs.length - 1}[e.key];
+    if (to != null) { e.preventDefault(); point(to); }
+  });
   point(at, false);
   return el("figure", {}, el("h3", {title: meaning || null}, title), svg, read);
 }
 
-// ---------------------------------------------------------------- curves
-const TOGETHER = [["accuracy", "accuracy_all"], ["chosen_reward", "rejected_reward"], ["logp_chosen", "logp_rejected"], ["match_text", "match_action"],
-  ["log_d_expert", "log_d_agent"], ["d_loss", "d_loss_held"], ["value_loss", "value_loss_held"]], HOUSE = ["lr", "grad_norm", "trajectories", "tokens", "seconds", "d_passes", "value_passes", "practice_tokens"];
-const PHASES = {sft: "Imitation (SFT)", "sft+": "Imitation goes on (SFT+)", inspect: "Inspection", discriminate: "Discriminator", implicit: "Reflection, implicit (DPO)", inverse: "Reflection, inverse (PPO)",
-  explore: "The agent's own episodes", judge: "Rewards and values", pair: "Pairs of trajectories", retrain: "What is imitated anew"};
+// ------------------------------------------------------------------ curves
 const evals = data.metrics.filter(r => r.phase == "eval");
+const TOGETHER = [["accuracy", "accuracy_all"], ["chosen_reward", "rejected_reward"], ["logp_chosen", "logp_rejected"], ["match_text", "match_action"],
+  ["log_d_expert", "log_d_agent"], ["d_loss", "d_loss_held"], ["value_loss", "value_loss_held"]];
+const ASIDE = ["lr", "grad_norm", "trajectories", "tokens", "seconds", "d_passes", "value_passes", "practice_tokens"];
+const PHASES = {sft: "Imitation (SFT)", "sft+": "Imitation goes on (SFT+)", inspect: "Inspection", discriminate: "Discriminator",
+  implicit: "Reflection, implicit (step-wise DPO)", inverse: "Reflection, inverse (PPO)", explore: "The agent's own episodes", judge: "Rewards and values",
+  pair: "Pairs of trajectories", retrain: "Imitation anew"};
+
+function evaluation() {
+  const splits = unique(evals.map(r => r.split)), last = splits.map(s => evals.findLast(r => r.split == s));
+  const curve = name => chart(name, data.glossary[name], splits.map(s => ({name: s, points: evals.filter(r => r.split == s)
+    .map(r => [r.iteration, r[name], ...r[name + "_interval"] ?? []])})), "iteration");
+  return [el("div", {class: "tiles"}, evals.filter(r => r.name == "final").map(r => el("div", {class: "tile"}, el("b", {}, percent(r.success)),
+      el("span", {class: "soft small"}, `success on ${r.split}, ${r.tasks} tasks`, el("br", {}), `95% ${r.success_interval.map(percent).join(" – ")}`)))),
+    el("h2", {}, "Evaluation"), el("div", {class: "charts"}, ["success", "reward", "invalid", "steps"].map(curve)),
+    el("p", {class: "small soft"}, "Bars and brackets: 95% bootstrap interval over tasks. Iteration 0 is the start."),
+    table(["evaluated", "split", "tasks", "success", "95% interval", "mean reward", "turns", "invalid", "truncated"], evals.map(r => [r.name, r.split,
+      r.tasks, percent(r.success), r.success_interval.map(percent).join(" – "), r.reward.toFixed(3), r.steps.toFixed(1), percent(r.invalid), r.truncated])),
+    el("h2", {}, "Success by task type, each split's last evaluation"),
+    table(["task type", ...last.map(r => `${r.split} (${r.name})`)], unique(last.flatMap(r => Object.keys(r.by_type))).map(t => [t,
+      ...last.map(r => r.by_type[t] ? `${percent(r.by_type[t][0])} of ${r.by_type[t][1]}` : "–")]))];
+}
+
 function curves() {
-  const parts = [], by = new Map();
-  for (const r of data.metrics) by.set(r.phase, [...(by.get(r.phase) ?? []).concat(r)]);
-  if (evals.length) {
-    const splits = [...new Set(evals.map(r => r.split))], lines = (name, low) => splits.map(s => ({name: s, points: evals.filter(r => r.split == s && r[name] != null).map(r => [r.iteration, r[name], ...(low ? r[low] ?? [] : [])])})).filter(l => l.points.length);
-    const types = [...new Set(evals.flatMap(r => Object.keys(r.by_type ?? {})))], last = splits.map(s => evals.findLast(r => r.split == s));
-    parts.push(el("h2", {}, "Evaluation"), el("div", {class: "charts"}, [["success", "success_interval"], ["reward", "reward_interval"], ["invalid"], ["steps"]].map(([name, low]) => chart(name, data.glossary[name], lines(name, low), "iteration"))),
-      el("p", {class: "small soft"}, "Bars: 95% bootstrap interval over tasks. Iteration 0 is the start."),
-      table(["evaluated", "split", "tasks", "success", "95% interval", "mean reward", "turns", "invalid", "truncated"], evals.map(r => [r.name, r.split, r.tasks, percent(r.success), r.success_interval.map(percent).join(" – "), figure(r.reward), figure(r.steps), percent(r.invalid), r.truncated])),
-      el("h2", {}, "Success by task type, each split's last evaluation"), table(["task type", ...last.map(r => `${r.split} (${r.name})`)], types.map(t => [t, ...last.map(r => r.by_type?.[t] ? `${percent(r.by_type[t][0])} of ${r.by_type[t][1]}` : "–")])));
-  } else parts.push(el("p", {}, "This run was not evaluated."));
-  for (const [phase, rows] of by) if (phase != "eval") {
-    const updates = rows.some(r => r.lr != null), names = [...new Set(rows.flatMap(r => Object.keys(r).filter(k => typeof r[k] == "number" && !["iteration", "step", "time"].includes(k))))];
-    const x = (r, i) => updates ? i : r.iteration, joints = updates ? rows.flatMap((r, i) => i && r.step == 0 ? [i] : []) : [], where = i => updates && rows[i].iteration ? `, iteration ${rows[i].iteration}` : "";
-    const draw = some => el("div", {class: "charts"}, some.map(set => chart(set.join(" / "), set.map(n => data.glossary[n]).filter((m, i, a) => m && a.indexOf(m) == i).join("; "),
-      set.map(n => ({name: n, points: rows.flatMap((r, i) => r[n] == null ? [] : [[x(r, i), r[n]]])})), updates ? "update" : "iteration", {name: set[0], joints, where})));
-    const sets = names.map(n => TOGETHER.find(t => t.includes(n))?.filter(m => names.includes(m)) ?? [n]).filter((s, i, a) => a.findIndex(o => o[0] == s[0]) == i);
-    const house = sets.filter(s => HOUSE.includes(s[0])), rest = el("details", {class: "small"}, el("summary", {}, house.map(s => s[0]).join(", ")));
-    rest.addEventListener("toggle", () => rest.children.length > 1 || rest.append(draw(house)));
-    parts.push(el("h2", {}, PHASES[phase] ?? phase), updates && rows.length > 60 ? el("p", {class: "small soft"}, `${rows.length} updates. Thin: each update; bold: mean of the updates around it. Dashed uprights: a new iteration.`) : null,
-      draw(sets.filter(s => !house.includes(s))), house.length ? rest : null);
-  }
-  return parts;
+  return [evals.length ? evaluation() : el("p", {}, "This run was not evaluated."), ...unique(data.metrics.map(r => r.phase)).filter(p => p != "eval").map(phase => {
+    const rows = data.metrics.filter(r => r.phase == phase), updates = rows.some(r => r.lr != null);
+    const names = unique(rows.flatMap(Object.keys)).filter(k => !["iteration", "step", "time"].includes(k) && rows.some(r => typeof r[k] == "number"));
+    const sets = unique(names.map(n => TOGETHER.find(t => t.includes(n) && names.includes(t[0])) ?? [n])).filter((s, i, a) => s.length > 1 || a.findIndex(o => o[0] == s[0]) == i);
+    const draw = some => el("div", {class: "charts"}, some.map(set => chart(set.join(" / "), unique(set.map(n => data.glossary[n])).join("; "),
+      set.map(n => ({name: n, points: rows.flatMap((r, i) => r[n] == null ? [] : [[updates ? i : r.iteration, r[n]]])})), updates ? "update" : "iteration",
+      updates ? rows.flatMap((r, i) => i && r.step == 0 ? [i] : []) : [], x => updates && rows[x].iteration ? ` (iteration ${rows[x].iteration})` : "")));
+    const [shown, aside] = [false, true].map(w => sets.filter(s => ASIDE.includes(s[0]) == w));
+    const more = el("details", {class: "small", toggle: () => more.children.length > 1 || more.append(draw(aside))}, el("summary", {}, aside.flat().join(", ")));
+    return [el("h2", {}, PHASES[phase] ?? phase), updates && rows.length > 60 ? el("p", {class: "small soft"},
+      `${rows.length} updates. Thin: each; bold: the mean around it. Dashed uprights: a new iteration.`) : null, draw(shown), aside.length ? more : null];
+  })];
 }
 
-// ---------------------------------------------------------------- long lists: filters above, a page at a time
+// ------------------------------------------------------------------ long lists: filters above, a page at a time
 function listing(controls, choose, render, size) {
-  const list = el("div"), count = [el("span"), el("span")], state = {};
-  let items = [], page = 0;
-  const show = to => {
+  const list = el("div", {}), fields = {}, bars = [];
+  let items = [], page = 0, wait = 0;
+  const show = () => {
     const pages = Math.max(1, Math.ceil(items.length / size));
-    page = Math.max(0, Math.min(pages - 1, to));
-    list.replaceChildren(...items.slice(page * size, page * size + size).map(render), ...(items.length ? [] : [el("p", {}, "Nothing matches; loosen the filters.")]));
-    for (const x of count) x.replaceChildren(`${items.length.toLocaleString("en")} found, page ${page + 1} of ${pages}`);
-    for (const [b, off] of buttons) b.disabled = off(pages);
+    list.replaceChildren(...items.slice(page * size, page * size + size).map(render));
+    for (const [back, next, count] of bars) {
+      [back.disabled, next.disabled] = [page == 0, page == pages - 1];
+      count.textContent = items.length ? `${items.length} found, page ${page + 1} of ${pages}` : "Nothing matches; loosen the filters.";
+    }
   };
-  const buttons = [], bar = n => { const back = el("button", {type: "button", click: () => turn(-1)}, "Back"), on = el("button", {type: "button", click: () => turn(1)}, "Next");
-    buttons.push([back, () => page == 0], [on, p => page >= p - 1]); return el("div", {class: "pages"}, back, on, count[n]); };
-  const turn = by => { show(page + by); if (list.getBoundingClientRect().top < 0) list.scrollIntoView(); };
-  const again = () => { items = choose(Object.fromEntries(Object.entries(fields).map(([k, f]) => [k, f.value]))); show(0); };
-  const fields = {}, boxes = Object.entries(controls).map(([name, [label, options]]) => el("label", {}, label, fields[name] = options ? el("select", {change: again}, options.map(([v, text]) => el("option", {value: v}, text)))
-    : el("input", {type: "search", input: () => { clearTimeout(state.wait); state.wait = setTimeout(again, 150); }})));
-  return {part: [el("div", {class: "filters"}, boxes), bar(0), list, bar(1)], again, fields};
+  const turn = by => { page += by; show(); if (list.getBoundingClientRect().top < 0) list.scrollIntoView(); };
+  const again = () => { items = choose(Object.fromEntries(Object.entries(fields).map(([k, f]) => [k, f.value]))); page = 0; show(); };
+  const bar = () => {
+    bars.push([el("button", {type: "button", click: () => turn(-1)}, "Back"), el("button", {type: "button", click: () => turn(1)}, "Next"), el("span", {role: "status"})]);
+    return el("div", {class: "pages"}, bars.at(-1));
+  };
+  const filters = el("div", {class: "filters"}, Object.entries(controls).map(([k, [label, options]]) => el("label", {}, label, fields[k] = options
+    ? el("select", {change: again}, options.map(([value, text]) => el("option", {value}, text)))
+    : el("input", {type: "search", input: () => { clearTimeout(wait); wait = setTimeout(again, 150); }}))));
+  return {filters, again, fields, rest: [bar(), list, bar()]};
 }
-const matcher = wanted => { const q = wanted.trim().toLowerCase(); if (!q) return () => true; const hits = T.map(t => t.toLowerCase().includes(q)); return (task, numbers) => task.toLowerCase().includes(q) || numbers.some(n => hits[n]); };
-const types = rows => [["", "all"], ...[...new Set(rows)].sort().map(t => [t, t])];
 
-/** A turn, its "Action:" line in bold; words that differ from the same line of another turn underlined. */
+function matcher(wanted) {
+  const q = wanted.trim().toLowerCase(), hits = q && T.map(t => t.toLowerCase().includes(q));
+  return (task, texts) => !q || task.toLowerCase().includes(q) || texts.some(n => hits[n]);
+}
+const choices = types => [["", "all"], ...unique(types).sort().map(t => [t, t])];
+
+// A turn, its "Action:" line bold; the words that differ from the same line of another turn are underlined.
 function turnText(text, other) {
-  const compare = other?.split("\n"), words = t => t.split(/(?<=\s)/);
+  const words = t => t.split(/(?<=\s)/);
   return text.split("\n").map((line, n) => {
-    const a = words(line), b = words(compare?.[n] ?? "");
+    const a = words(line), b = words(other?.split("\n")[n] ?? "");
     let p = 0, q = 0;
-    while (p < a.length && p < b.length && a[p].trim() == b[p].trim()) p++;
-    while (q < a.length - p && q < b.length - p && a.at(-1 - q) == b.at(-1 - q)) q++;
-    const middle = a.slice(p, a.length - q).join("");
-    return el("p", {class: /^\W*action\W*:/i.test(line) ? "line do" : "line"}, other == null || !middle ? line : [a.slice(0, p).join(""), el("mark", {}, middle), a.slice(a.length - q).join("")]);
+    while (p < Math.min(a.length, b.length) && a[p].trim() == b[p].trim()) p++;
+    while (q < Math.min(a.length, b.length) - p && a.at(-1 - q) == b.at(-1 - q)) q++;
+    const cut = [a.slice(0, p), a.slice(p, a.length - q), a.slice(a.length - q)].map(x => x.join("")), [middle] = cut[1].match(/.*\S/) ?? [""];
+    return el("p", {class: /^\W*action\W*:/i.test(line) ? "line do" : "line"}, other == null ? line : [cut[0], el("mark", {}, middle), cut[1].slice(middle.length) + cut[2]]);
   });
 }
 
-// ---------------------------------------------------------------- practice
-const action = text => (text.match(/action\W*:\s*(.*)/i)?.[1] ?? text).split(/\s+/).join(" ").trim();
+// ------------------------------------------------------------------ practice
+const LEVELS = ["m3", "m2", "m1", "z", "p1", "p2", "p3"], sign = level => ({m: "▼ ", p: "▲ ", z: ""})[level[0]];
 const SCALES = {
-  margin: {label: "expert's log-prob minus practice action's", bounds: [-10, -3, -.05, .05, 3, 10], names: ["≤ −10", "−10 to −3", "−3 to 0", "0", "0 to 3", "3 to 10", "≥ 10"], text: x => signed(x) + " nats",
-    says: "log-prob of the expert's action minus that of the practice action, under the policy that practised. Below 0 (orange, ▼) the agent prefers its own. It is what DPO's margin is made of; the margin itself, measured against this same policy, is 0 here.", ends: ["agent prefers its own", "agent prefers the expert's"]},
-  logd: {label: "log D", bounds: [-2.303, -1.386, -.799, -.598, -.288, -.105], names: ["D < 0.1", "0.1–0.25", "0.25–0.45", "0.45–0.55", "0.55–0.75", "0.75–0.9", "D > 0.9"], text: x => `log D ${figure(x)}`,
-    says: "log D, PPO's reward; D is the discriminator's belief that the expert wrote it. −0.69 (D = 0.5): it cannot tell.", ends: ["taken for the agent's", "taken for the expert's"]}};
-const LEVELS = ["m3", "m2", "m1", "z", "p1", "p2", "p3"], level = (scale, x) => LEVELS[scale.bounds.filter(b => x > b).length], sign = l => ({m: "▼ ", p: "▲ ", z: ""})[l[0]];
+  margin: {bounds: [-10, -3, -.005, .005, 3, 10], names: ["under −10", "−10 to −3", "−3 to 0", "0", "0 to 3", "3 to 10", "over 10"],
+    ends: ["agent prefers its own", "agent prefers the expert's"], text: x => (x > 0 ? "+" : "") + two(x) + " nats", says: "Log-prob of the expert's action minus the " +
+      "practice action's, under the policy that practised: what DPO's margin grows from (the margin itself is 0 there, measured against that same policy)."},
+  logd: {bounds: [.1, .25, .45, .55, .75, .9].map(Math.log), names: ["D under 0.1", "to 0.25", "to 0.45", "to 0.55", "to 0.75", "to 0.9", "over 0.9"],
+    ends: ["taken for the agent's", "taken for the expert's"], text: x => "log D " + two(x), says: "log D, PPO's reward: D is the discriminator's " +
+      "belief that the expert wrote the action in this state. At log D −0.69, D = 0.5, it cannot tell."}};
+// The row of one expert step, as report.py packs it.
+const unpack = ([task, type, step, observation, expert, logp, texts, logps, differs, logD, logDs]) =>
+  ({task, type, step, observation, expert, logp, texts, logps, differs, logD, logDs});
+
 function practice() {
-  if (!data.practice.length) return [el("p", {}, `There is no practice: ${c.method} does not inspect itself.`)];
-  const steps = data.practice.map(p => p.rows.reduce((m, r) => m.set(r[0], Math.max(m.get(r[0]) ?? 0, r[2] + 1)), new Map())), hasD = data.practice.some(p => p.rows.some(r => r[10])), legend = el("div", {class: "legend"});
-  let scale, now = 0;
-  const value = (r, k) => scale == SCALES.logd ? r[10]?.[k] : r[5] - r[7][k], worst = r => Math.min(...r[8].flatMap((d, k) => d ? [value(r, k) ?? 0] : [1e9]));
+  if (!data.practice.length) return [el("p", {}, `This run has no practice: ${c.method} learns from ${data.episodes.some(e => e.own) ? "whole episodes" : "the expert alone"}.`)];
+  const iterations = data.practice.map(p => p.rows.map(unpack)), legend = el("div", {class: "legend"}), withD = iterations.some(rows => rows.some(r => r.logDs));
+  const action = n => (T[n].match(/action\W*:\s*(.*)/i)?.[1] ?? T[n]).trim(), lengths = new Map();
+  for (const r of iterations.flat()) lengths.set(r.task, Math.max(lengths.get(r.task) ?? 0, r.step + 1));
+  let scale;
+  const value = (r, k) => scale == SCALES.logd ? r.logDs?.[k] : r.logp - r.logps[k];
+  const lowest = r => Math.min(...r.differs.map((d, k) => d ? value(r, k) ?? 0 : Infinity));
+  const DIFFERS = {text: r => r.differs.some(Boolean), action: r => r.texts.some(t => action(t) != action(r.expert)), all: r => r.differs.every(Boolean)};
   const choose = f => {
-    scale = SCALES[f.colour ?? "margin"]; now = +f.iteration;
-    legend.replaceChildren(...[scale.ends[0], ...scale.names.map((n, i) => el("span", {class: "sw " + LEVELS[i]}, sign(LEVELS[i]) + n)), scale.ends[1]].map(x => typeof x == "string" ? el("span", {class: "soft"}, x) : x), el("p", {class: "soft", style: null}, "Colour: " + scale.says));
-    const found = matcher(f.search), rows = data.practice[now].rows.filter(r => (!f.type || r[1] == f.type) && found(r[0], [r[3], r[4], ...r[6]])
-      && (f.differs == "" || (f.differs == "text" ? r[8].some(x => x) : f.differs == "all" ? r[8].every(x => x) : r[6].some(t => action(T[t]) != action(T[r[4]])))));
-    return f.order ? rows.map(r => [worst(r), r]).sort((a, b) => a[0] - b[0]).map(x => x[1]) : rows;
+    scale = SCALES[f.colour ?? "margin"];
+    legend.replaceChildren(el("span", {class: "soft"}, scale.ends[0]), ...scale.names.map((name, i) => el("span", {class: "swatch " + LEVELS[i]}, sign(LEVELS[i]) + name)),
+      el("span", {class: "soft"}, scale.ends[1]), el("p", {class: "soft"}, scale.says));
+    const found = matcher(f.search), rows = iterations[f.iteration].filter(r => (!f.type || r.type == f.type) && (DIFFERS[f.differs]?.(r) ?? true)
+      && found(r.task, [r.observation, r.expert, ...r.texts]));
+    return f.order ? rows.map(r => [lowest(r), r]).sort((a, b) => a[0] - b[0]).map(x => x[1]) : rows;
   };
-  const card = (r, k) => { const x = value(r, k), l = x == null ? "z" : level(scale, x);
-    return el("div", {class: "act " + l}, el("div", {class: "head"}, el("span", {}, `practice ${k + 1}`), el("b", {}, x == null ? "" : sign(l) + scale.text(x))), r[8][k] ? turnText(T[r[6][k]], T[r[4]]) : el("p", {class: "line"}, "= the expert's text"),
-      el("div", {class: "head"}, `log-prob ${figure(r[7][k])}`)); };
-  const render = r => el("article", {class: "step"}, el("div", {class: "head"}, el("button", {class: "link", type: "button", title: "show this task's steps alone", click: () => { for (const k of ["type", "differs", "order"]) all.fields[k].value = ""; all.fields.search.value = r[0]; all.again(); }}, r[0]),
-      el("span", {}, r[1]), el("span", {}, `step ${r[2] + 1} of ${steps[now].get(r[0])}`), el("b", {}, `${r[8].filter(x => x).length} of ${r[8].length} differ`)), el("p", {class: "text"}, T[r[3]]),
-    el("div", {class: "acts"}, el("div", {class: "act expert"}, el("div", {class: "head"}, el("b", {}, "expert"), el("span", {}, r[9] != null && scale == SCALES.logd ? scale.text(r[9]) : "")), turnText(T[r[4]]), el("div", {class: "head"}, `log-prob ${figure(r[5])}`)), r[6].map((_, k) => card(r, k))));
-  const all = listing({iteration: ["iteration", data.practice.map((p, i) => [i, p.iteration])], type: ["task type", types(data.practice.flatMap(p => p.rows.map(r => r[1])))],
-    differs: ["disagrees", [["", "every step"], ["text", "a practice text differs"], ["action", "a practice action differs"], ["all", "all texts differ"]]],
-    ...(hasD ? {colour: ["colour", [["logd", "log D"], ["margin", SCALES.margin.label]]]} : {}), order: ["order", [["", "as practised"], ["worst", "lowest value first"]]], search: ["search in texts and task"]}, choose, render, 20);
+  const card = (r, k) => {
+    const x = value(r, k), level = x == null ? "z" : LEVELS[scale.bounds.filter(b => x > b).length];
+    return el("div", {class: "act " + level}, el("div", {class: "head"}, `practice ${k + 1}`, el("b", {}, x == null ? "" : sign(level) + scale.text(x))),
+      r.differs[k] ? turnText(T[r.texts[k]], T[r.expert]) : el("p", {class: "line"}, "= the expert's text"), el("div", {class: "head"}, "log-prob " + two(r.logps[k])));
+  };
+  const alone = task => { for (const k of ["type", "differs", "order"]) all.fields[k].value = ""; all.fields.search.value = task; all.again(); all.fields.search.focus(); };
+  const render = r => el("article", {class: "step"},
+    el("div", {class: "head"}, el("button", {class: "link", type: "button", title: "this task's steps alone", click: () => alone(r.task)}, r.task),
+      el("span", {}, r.type), el("span", {}, `step ${r.step + 1} of ${lengths.get(r.task)}`), el("b", {}, `${r.differs.filter(Boolean).length} of ${r.differs.length} differ`)),
+    el("p", {class: "text"}, T[r.observation]),
+    el("div", {class: "acts"}, el("div", {class: "act expert"}, el("div", {class: "head"}, el("b", {}, "expert"), scale == SCALES.logd && r.logD != null ? scale.text(r.logD) : ""),
+      turnText(T[r.expert]), el("div", {class: "head"}, "log-prob " + two(r.logp))), r.texts.map((_, k) => card(r, k))));
+  const all = listing({iteration: ["iteration", data.practice.map((p, i) => [i, p.iteration])], type: ["task type", choices(iterations.flat().map(r => r.type))],
+    differs: ["disagrees", [["", "every step"], ["text", "a text differs"], ["action", "an action differs"], ["all", "all texts differ"]]],
+    ...(withD ? {colour: ["colour", [["logd", "log D"], ["margin", "log-prob, expert's minus practice's"]]]} : {}),
+    order: ["order", [["", "as practised"], ["lowest", "lowest value first"]]], search: ["search texts and tasks"]}, choose, render, 20);
   all.again();
-  return [all.part[0], legend, ...all.part.slice(1)];
+  return [all.filters, legend, all.rest];
 }
 
-// ---------------------------------------------------------------- episodes
+// ------------------------------------------------------------------ episodes
 function episodes() {
   if (!data.episodes.length) return [el("p", {}, "This run has no episodes: it was not evaluated.")];
-  const last = Math.max(0, data.episodes.findIndex(e => e.name.startsWith("final"))), goal = e => (T[e.turns[0]?.[0]] ?? "").match(/your task[^.]*\.?/i)?.[0] ?? (T[e.turns[0]?.[0]] ?? "").trim().split("\n").at(-1);
-  const turns = e => el("ol", {class: "turns"}, e.turns.map(([o, a, wrong], n) => el("li", {class: wrong ? "turn wrong" : "turn"}, el("span", {class: "soft"}, n + 1), el("p", {class: "text"}, T[o]), el("div", {}, turnText(T[a]), wrong ? el("span", {class: "bad small"}, "✗ invalid: the world did not understand it") : null))),
-    T[e.last] ? el("li", {class: "turn"}, el("span", {}, ""), el("p", {class: "text"}, T[e.last]), el("span", {})) : null,
-    e.missed ? el("li", {class: "turn"}, el("span", {}, ""), el("p", {class: "bad"}, `${e.missed} of ${e.invalid} invalid actions cannot be told from this world's answers.`)) : null);
-  const render = e => { const won = e.reward >= 1, d = el("details", {class: "episode"}, el("summary", {}, el("span", {class: won ? "won" : "lost"}, won ? "✓ success" : "✗ failure"), el("b", {}, e.task), el("span", {}, e.type), el("span", {class: "goal"}, goal(e)),
-      el("span", {}, `reward ${figure(e.reward)}`), el("span", {}, `${e.turns.length} turns`), el("span", {class: e.invalid ? "bad" : "soft"}, `${e.invalid} invalid`), e.truncated ? el("span", {}, "cut off") : null, Object.entries(e.more).map(([k, x]) => el("span", {class: "soft"}, `${k} ${typeof x == "number" ? figure(x) : JSON.stringify(x)}`))));
-    d.addEventListener("toggle", () => d.children.length > 1 || d.append(turns(e)));
-    return d; };
-  const all = listing({file: ["played", data.episodes.map((e, i) => [i, `${e.name} (${e.rows.length})`])], outcome: ["outcome", [["", "all"], ["won", "success"], ["lost", "failure"], ["cut", "cut off"], ["bad", "with invalid actions"]]],
-    type: ["task type", types(data.episodes.flatMap(e => e.rows.map(r => r.type)))], search: ["search in texts and task"]}, f => { const found = matcher(f.search);
-      return data.episodes[f.file].rows.filter(e => (!f.type || e.type == f.type) && ({won: e.reward >= 1, lost: e.reward < 1, cut: e.truncated, bad: e.invalid > 0}[f.outcome] ?? true) && found(e.task, e.turns.flatMap(t => t.slice(0, 2)))); }, render, 50);
-  all.fields.file.value = last;
+  const goal = text => text.match(/your task[^.]*\.?/i)?.[0] ?? text.trim().split("\n").at(-1);
+  const row = (n, seen, done, wrong) => el("li", {class: wrong ? "wrong" : null}, el("span", {class: "soft"}, n), el("p", {class: "text"}, seen), el("div", {}, done));
+  const turns = e => el("ol", {}, e.turns.map(([seen, done, wrong], n) => row(n + 1, T[seen], [turnText(T[done]),
+      wrong ? el("span", {class: "bad small"}, "✗ invalid: the world did not understand it, or cannot do it") : null], wrong)), T[e.last] ? row("", T[e.last], "") : null,
+    e.missed ? row("", `Which actions were the ${e.missed === e.invalid ? "" : "other "}${e.missed} invalid ones cannot be told from this world's answers.`, "") : null);
+  const render = e => {
+    const won = e.reward >= 1, made = el("details", {class: "episode", toggle: () => made.children.length > 1 || made.append(turns(e))}, el("summary", {class: "row"},
+      el("span", {class: won ? "won" : "bad"}, won ? "✓ success" : "✗ failure"), el("b", {}, e.task), el("span", {}, e.type), el("span", {class: "goal soft"}, goal(T[e.turns[0]?.[0]] ?? "")),
+      el("span", {}, `reward ${short(e.reward)}`), el("span", {}, `${e.turns.length} turns`), el("span", {class: e.invalid ? "bad" : "soft"}, `${e.invalid} invalid`),
+      e.truncated ? el("span", {}, "cut off") : null, Object.entries(e.more).map(([k, x]) => el("span", {class: "soft"}, `${k} ${typeof x == "number" ? short(x) : JSON.stringify(x)}`))));
+    return made;
+  };
+  const OUTCOME = {won: e => e.reward >= 1, lost: e => e.reward < 1, cut: e => e.truncated, bad: e => e.invalid > 0};
+  const all = listing({file: ["played", data.episodes.map((e, i) => [i, `${e.name} (${e.rows.length})`])],
+    outcome: ["outcome", [["", "all"], ["won", "success"], ["lost", "failure"], ["cut", "cut off"], ["bad", "with invalid actions"]]],
+    type: ["task type", choices(data.episodes.flatMap(e => e.rows.map(r => r.type)))], search: ["search texts and tasks"]}, f => {
+    const found = matcher(f.search);
+    return data.episodes[f.file].rows.filter(e => (!f.type || e.type == f.type) && (OUTCOME[f.outcome]?.(e) ?? true) && found(e.task, e.turns.flatMap(t => [t[0], t[1]])));
+  }, render, 50);
+  all.fields.file.value = Math.max(0, data.episodes.findIndex(e => e.name.startsWith("final")));
   all.again();
-  return all.part;
+  return [all.filters, all.rest];
 }
 
-// ---------------------------------------------------------------- the page
-const final = evals.filter(r => r.name == "final"), sections = {curves: ["Curves", curves], practice: ["Practice", practice], episodes: ["Episodes", episodes]};
+// ------------------------------------------------------------------ the page
+const about = data.about, sections = {curves, practice, episodes}, made = {};
 document.title = `${c.method} on ${c.env}`;
-document.getElementById("top").append(el("h1", {}, `${c.method} on ${c.env}`), el("p", {class: "soft"}, `${c.model}, seed ${c.seed}, ${data.about.ranks} rank${data.about.ranks == 1 ? "" : "s"}`,
-    Object.entries(data.about.versions ?? {}).map(([k, v]) => `, ${k} ${v}`).join(""), data.about.commit ? `, commit ${data.about.commit.slice(0, 10)}` : ""),
-  el("div", {class: "tiles"}, final.map(r => el("div", {class: "tile"}, el("b", {}, percent(r.success)), el("span", {class: "soft small"}, `success on ${r.split}, ${r.tasks} tasks`, el("br"), `95% ${r.success_interval.map(percent).join(" – ")}`)))),
+byId("top").append(el("h1", {}, document.title), el("p", {class: "soft"}, [c.model, `seed ${c.seed}`, `ranks ${about.ranks}`,
+    ...Object.entries(about.versions).map(([k, v]) => `${k} ${v}`), ...about.commit ? [`commit ${about.commit.slice(0, 10)}`] : []].join(", ")),
   el("details", {class: "small"}, el("summary", {}, "All options"), el("div", {class: "options"}, Object.entries(c).map(([k, v]) => el("div", {}, el("span", {class: "soft"}, k + " "), JSON.stringify(v))))));
-const links = Object.entries(sections).map(([id, [name]]) => el("a", {href: "#" + id}, name));
-document.getElementById("nav").append(...links);
-const made = {};
+const links = Object.keys(sections).map(id => el("a", {href: "#" + id}, id[0].toUpperCase() + id.slice(1)));
+byId("nav").append(...links);
 function go() {
-  const id = sections[location.hash.slice(1)] ? location.hash.slice(1) : "curves";
-  made[id] ??= el("section", {"aria-label": sections[id][0]}, sections[id][1]());
-  document.getElementById("main").replaceChildren(made[id]);
-  links.forEach(a => a.hash == "#" + id ? a.setAttribute("aria-current", "page") : a.removeAttribute("aria-current"));
+  const id = location.hash.slice(1) in sections ? location.hash.slice(1) : "curves";
+  made[id] ??= el("section", {"aria-label": id}, sections[id]());
+  byId("main").replaceChildren(made[id]);
+  for (const a of links) a.hash == "#" + id ? a.setAttribute("aria-current", "page") : a.removeAttribute("aria-current");
 }
 addEventListener("hashchange", go);
 go();
