@@ -332,8 +332,9 @@ function phase(name) {
   const sets = unique(names.map(n => TOGETHER.find(t => t.includes(n) && whole(t)) ?? n)).map(s => [s].flat());
   const joints = updates ? rows.flatMap((r, i) => i && r.step == 0 ? [i] : []) : [];
   const points = n => rows.flatMap((r, i) => r[n] == null ? [] : [[updates ? i : r.iteration, r[n]]]);
+  const where = x => updates && rows[x].iteration ? ` (iteration ${rows[x].iteration})` : "";
   const draw = some => div("charts", some.map(set => chart(set.join(" / "), unique(set.map(n => data.glossary[n])).join("; "),
-    set.map(n => ({name: n, points: points(n)})), unit, joints, x => updates && rows[x].iteration ? ` (iteration ${rows[x].iteration})` : "")));
+    set.map(n => ({name: n, points: points(n)})), unit, joints, where)));
   const [main, aside] = [false, true].map(w => sets.filter(s => ASIDE.includes(s[0]) == w));
   const more = el("details", {class: "small", toggle: () => more.children.length > 1 || more.append(draw(aside))},
     el("summary", {}, aside.flat().join(", ")));
@@ -398,7 +399,8 @@ const SCALES = {
     says: "Log-prob of the expert's action minus the practice action's, under the policy that practised: what DPO's margin grows from " +
       "(the margin itself, measured against that same policy, is 0 there)."},
   logd: {bounds: [.1, .25, .45, .55, .75, .9].map(Math.log),
-    names: ["D under 0.1", "to 0.25", "to 0.45", "to 0.55", "to 0.75", "to 0.9", "over 0.9"], text: x => "log D " + two(x), ends: ["taken for the agent's", "taken for the expert's"],
+    names: ["D under 0.1", "to 0.25", "to 0.45", "to 0.55", "to 0.75", "to 0.9", "over 0.9"],
+    text: x => "log D " + two(x), ends: ["taken for the agent's", "taken for the expert's"],
     says: "log D, PPO's reward: D is the discriminator's belief that the expert wrote the action in this state. At log D −0.69, D = 0.5, " +
       "it cannot tell."}};
 // The row of one expert step, as report.py packs it.
@@ -447,7 +449,8 @@ function practice() {
       turnText(T[r.expert]), div("head", "log-prob " + two(r.logp))), r.texts.map((_, k) => card(r, k))));
   const colours = [["logd", "log D"], ["margin", "log-prob, expert's minus practice's"]];
   const all = listing({iteration: ["iteration", data.practice.map((p, i) => [i, p.iteration])],
-    type: ["task type", choices(every.map(r => r.type))], differs: ["disagrees", [["", "every step"], ["text", "a text differs"], ["action", "an action differs"], ["all", "all texts differ"]]],
+    type: ["task type", choices(every.map(r => r.type))],
+    differs: ["disagrees", [["", "every step"], ["text", "a text differs"], ["action", "an action differs"], ["all", "all texts differ"]]],
     ...(every.some(r => r.logDs) ? {colour: ["colour", colours]} : {}),
     order: ["order", [["", "as practised"], ["lowest", "lowest value first"]]], search: ["search texts and tasks"]}, choose, render, 20);
   all.again();
@@ -465,8 +468,10 @@ function episodes() {
     e.missed ? row("", `Invalid actions not marked here: ${e.missed}; this world's answers do not tell which.`) : null);
   const render = e => {
     const won = e.reward >= 1, plain = x => typeof x == "number" ? short(x) : JSON.stringify(x);
-    const more = Object.entries(e.more).map(([k, x]) => span("soft", `${k} ${plain(x)}`)), fill = () => made.children.length > 1 || made.append(turns(e));
-    const made = el("details", {class: "episode", toggle: fill}, el("summary", {class: "row"}, span(won ? "won" : "bad", won ? "✓ success" : "✗ failure"), bold(e.task_id), span(null, e.task_type),
+    const more = Object.entries(e.more).map(([k, x]) => span("soft", `${k} ${plain(x)}`));
+    const fill = () => made.children.length > 1 || made.append(turns(e));
+    const made = el("details", {class: "episode", toggle: fill}, el("summary", {class: "row"},
+      span(won ? "won" : "bad", won ? "✓ success" : "✗ failure"), bold(e.task_id), span(null, e.task_type),
       span("goal soft", goal(T[e.turns[0]?.[0]] ?? "")), span(null, `reward ${short(e.reward)}`), span(null, `${e.turns.length} turns`),
       span(e.invalid ? "bad" : "soft", `${e.invalid} invalid`), e.truncated ? span(null, "cut off") : null, more));
     return made;

@@ -18,7 +18,7 @@ def dump(*rows) -> str:
 
 
 def practice_row(task="train-2310", step=0, **more) -> dict:
-    return {"task": task, "step": step, "observation": HOSTILE, "expert": "Thought: a\nAction: go to safe 1", "expert_logp": -1.5,
+    return {"task": task, "task_type": "boil", "step": step, "observation": HOSTILE, "expert": "Thought: a\nAction: go to safe 1", "expert_logp": -1.5,
             "practice": ["Thought: a\nAction: go to safe 1", "Action: fly"], "practice_logp": [-1.5, -9.25], "differs": [False, True]} | more
 
 
@@ -40,8 +40,8 @@ def run(tmp_path):
         "metrics.jsonl": dump({"phase": "sft", "iteration": 0, "step": 0, "time": 1.0, "nll": 2.5, "lr": 0.1}) +
                          '{"phase": "sft", "iteration": 0, "step": 1, "time": 2.0, "nll": NaN, "lr": 0.1}\n',
         "iter_1/practice.jsonl": dump(practice_row(), practice_row(step=1, expert_log_d=-0.5, practice_log_d=[-0.5, -4.0])),
-        "iter_10/practice.jsonl": dump(practice_row(task_type="boil")),
-        "iter_2/practice.jsonl": dump(practice_row(task_type="boil")),
+        "iter_10/practice.jsonl": dump(practice_row()),
+        "iter_2/practice.jsonl": dump(practice_row()),
         "iter_1/episodes.jsonl": dump(episode_row("start", "Nothing happens.", invalid=2, last="Nothing happens.", sample=3)),
         "eval/final_test.jsonl": dump(episode_row(HOSTILE, "Nothing happens.", "On bed 1: cd 1.", invalid=1, f1=0.5)),
     }
@@ -78,7 +78,7 @@ def test_the_page_holds_practice_episodes_and_figures(run, monkeypatch):
     assert len(text) == len(set(text))
     assert [p["iteration"] for p in data["practice"]] == [1, 2, 10]
     task, kind, step, observation, expert, logp, practice, logps, differs, log_d, log_ds = data["practice"][0]["rows"][1]
-    assert (task, step, logp, logps, differs, log_d, log_ds) == ("train-2310", 1, -1.5, [-1.5, -9.25], [False, True], -0.5, [-0.5, -4.0])
+    assert (task, kind, step, logp, logps, differs, log_d, log_ds) == ("train-2310", "boil", 1, -1.5, [-1.5, -9.25], [False, True], -0.5, [-0.5, -4.0])
     assert text[observation] == HOSTILE and text[expert] == text[practice[0]] and text[practice[1]] == "Action: fly"
     assert data["practice"][0]["rows"][0][9:] == [None, None]
     assert [e["name"] for e in data["episodes"]] == ["iteration 1, own episodes", "final test"]
@@ -91,8 +91,9 @@ def test_the_page_holds_practice_episodes_and_figures(run, monkeypatch):
 
 def test_the_type_of_a_practised_task_is_found_where_its_line_lacks_it(run):
     from envs import make_env
-    assert report.collect(run)["practice"][0]["rows"][0][1] == make_env("household").task_type("train-2310")
-    assert report.collect(run)["practice"][1]["rows"][0][1] == "boil"
+    (run / "iter_2/practice.jsonl").write_text(dump({k: x for k, x in practice_row().items() if k != "task_type"}))
+    kinds = [p["rows"][0][1] for p in report.collect(run)["practice"]]
+    assert kinds == ["boil", make_env("household").task_type("train-2310"), "boil"]
     assert [report.task_types("scienceworld")(t) for t in ("boil/3", "plain")] == ["boil", "all"]
 
 
@@ -159,7 +160,7 @@ def test_the_policy_allows_this_script_alone_and_no_connection(run, monkeypatch)
     ("iter_1/practice.jsonl", dump(practice_row()) + '{"task": "tr', r"iter_1/practice\.jsonl, line 2: "),
     ("iter_1/practice.jsonl", dump(practice_row(practice=["one"])), r"iter_1/practice\.jsonl, line 1: .*not of one length"),
     ("iter_1/practice.jsonl", dump(practice_row(observation=3)), r"iter_1/practice\.jsonl, line 1: .*3 is not a text"),
-    ("iter_1/practice.jsonl", dump(practice_row(task="train-x")), r"iter_1/practice\.jsonl, line 1: .*there is no task 'train-x'"),
+    ("iter_1/practice.jsonl", dump(practice_row(task="train-x", task_type=None)), r"iter_1/practice\.jsonl, line 1: .*there is no task 'train-x'"),
     ("eval/final_test.jsonl", dump(episode_row("a"), [1]), r"eval/final_test\.jsonl, line 2: "),
     ("eval/final_test.jsonl", dump({k: x for k, x in episode_row("a").items() if k != "invalid"}), r"line 1: .*no 'invalid'")])
 def test_what_cannot_be_shown_is_one_line_that_names_the_file(run, monkeypatch, name, text, error):
