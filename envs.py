@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import glob
 import inspect
 import json
 import os
@@ -26,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import dataclass, field
 
@@ -764,7 +766,283 @@ def _stop(simulators: list) -> None:
         simulator._gateway.java_process.wait()
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld}
+# ---------------------------------------------------------------------------------------------------------------------
+# alfworld: household tasks in text (Shridhar et al., 2021): TextWorld games made from the scenes of ALFRED
+# ---------------------------------------------------------------------------------------------------------------------
+ALFWORLD_SPLITS = {"train": "train", "dev": "valid_seen", "test": "valid_unseen"}
+ALFWORLD_TYPES = ["pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
+                  "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place"]
+# Actions in the order of the instruction; how a game words each is read from the game.
+ALFWORLD_ACTIONS = ["OpenObject", "CloseObject", "PickupObject", "PutObject", "CleanObject", "HeatObject", "CoolObject",
+                    "ToggleObject", "examineObject", "examineReceptacle", "look", "inventory"]
+ALFWORLD_STATION = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+ALFWORLD_LOCK = threading.RLock()                                    # TextWorld's parser and translator are global state
+
+
+def _textworld():
+    """The package, made to remember what it would parse, translate and copy again at every step. Texts stay the same."""
+    try:
+        import fast_downward
+        import textworld
+        from textworld.envs.pddl import textgen
+        from textworld.generator.game import EntityInfo
+        from textworld.logic import Placeholder, Rule, Variable
+    except ImportError:
+        raise InputError("alfworld: the package is missing; install it: pip install 'textworld[pddl]==1.7.0'") from None
+    with ALFWORLD_LOCK:
+        if not hasattr(fast_downward.pddl2sas, "cache_info"):
+            textgen._PARSER.parse = functools.lru_cache(4096)(textgen._PARSER.parse)         # templates
+            Rule.parse_conjunctive_query = functools.lru_cache(4096)(Rule.parse_conjunctive_query)
+            fast_downward.pddl2sas = functools.lru_cache(2)(fast_downward.pddl2sas)          # load and reset do the same work
+            for constant in Variable, Placeholder, EntityInfo:
+                constant.__deepcopy__ = lambda self, memo: self
+    return textworld, fast_downward
+
+
+def alfworld_names(ids: list[str]) -> dict[str, str]:
+    """ALFRED's ids -> ALFWorld's names, "mug_bar__minus_01_dot_57.." -> "mug 1": the last id in alphabetical order is number 1."""
+    names, counts = {}, {}
+    for key in sorted(ids, reverse=True):
+        what, bar, _ = key.partition("_bar_")
+        what += "basin" if "basin" in key else ""                    # sink_bar_.._bar_sinkbasin
+        counts[what] = counts.get(what, 0) + 1
+        names[key] = f"{what} {counts[what]}" if bar else key
+    return names
+
+
+def alfworld_forms(path: str) -> dict[str, str]:
+    """How a game words its actions, such as {"PutObject": "put {o} in/on {r}"} ("move {o} to {r}" in newer games)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            forms = dict(re.findall(r'action (\w+) \{\s*template :: "(.*?)"', json.load(file)["grammar"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a TextWorld game ({type(error).__name__}: {error}); run alfworld-download again") from None
+    missing = [name for name in ALFWORLD_ACTIONS if name not in forms]
+    _need(not missing, path, f"its grammar lacks {', '.join(missing)}; run alfworld-download again")
+    return forms
+
+
+class ALFWorldEpisode:
+    """One game. facts: keep TextWorld's list of what is where, for the expert."""
+
+    def __init__(self, path: str, facts: bool = False):
+        textworld, self.planner = _textworld()
+        self.put, self.reward, argv = alfworld_forms(path)["PutObject"], 0.0, sys.argv
+        with ALFWORLD_LOCK:
+            try:
+                self.game = textworld.start(path, textworld.EnvInfos(won=True, facts=facts))
+                names = alfworld_names(self.game._entity_infos)
+                for key, entity in self.game._entity_infos.items():
+                    entity.name = names[key]
+                self.state = self.game.reset()
+            except (Exception, SystemExit) as error:                 # parser and translator raise many kinds
+                raise InputError(f"{path}: TextWorld cannot play it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                                 "run alfworld-download again") from None
+            finally:
+                sys.argv = argv                                      # which the translator overwrites
+        self.first = self.state.feedback.partition("=-\n\n")[2].replace("\n\n", "\n")        # without TextWorld's banner
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. An action that the game does not list changes nothing: "Nothing happens.". Only the wording of
+        putting is made the game's own: put O in R, put O on R, put O in/on R and move O to R all count."""
+        if self.game is None:
+            return "The task is over.", self.reward, True, {"valid": False}
+        action = (parse_action(text) or "").lower()
+        if match := re.fullmatch(r"put (.+?) (?:in/on|in|on) (.+)|move (.+?) to (.+)", action):
+            action = self.put.format(o=match[1] or match[3], r=match[2] or match[4])
+        with ALFWORLD_LOCK:
+            self.state, reward, done = self.game.step(action)
+        self.reward = float(reward)
+        observation = re.sub(r"^You arrive at loc \d+\. ", "", self.state.feedback)
+        if done:
+            self.close()
+        return observation, self.reward, done, {"valid": observation != "Nothing happens."}
+
+    def close(self) -> None:
+        """Frees the planner's library, of which each game loads a copy of its own. Safe to repeat."""
+        game, self.game = getattr(self, "game", None), None
+        if game is not None:
+            self.planner.close_lib(game.downward_lib)
+
+    __del__ = close
+
+
+class ALFWorldExpert:
+    """Plays by rule, and says only what it has read, as the household's expert does; one wording for each situation. Where it
+    looks next is chosen for it: some places without what it wants, then one with it (`inside`: place -> kinds of things there).
+    parts: the task as ALFWorld.check returns it; put: the game's form of putting."""
+
+    def __init__(self, parts: list[str], first_observation: str, inside: dict[str, list[str]], put: str,
+                 rng: random.Random, misses: int):
+        self.task, self.obj, _, goal, _ = (part.lower() for part in parts)
+        self.treatment = next((t for t in ALFWORLD_STATION if f"_{t}_" in self.task), None)
+        self.lamp = goal if self.task == "look_at_obj_in_light" else None
+        self.places = re.findall(r"\ban? (\w+ \d+)", first_observation.split("\n")[0])
+        self.places.sort(key=lambda place: int(place.split()[1]))    # number 1 of a kind first
+        goals = [place for place in self.places if kind(place) == goal]
+        self.goal = max(goals, key=lambda place: inside.get(place, []).count(self.obj), default=None)
+        self.put, self.routes = put, {}
+        for what in filter(None, [self.obj, self.lamp]):
+            right = [place for place in self.places if what in inside.get(place, []) and (self.treatment or place != self.goal)]
+            right.sort(key=lambda place: -inside[place].count(what))
+            wrong = [place for place in self.places if place not in right and place != self.goal]
+            self.routes[what] = rng.sample(wrong, min(rng.randint(0, misses), len(wrong))) + right
+        self.seen: dict[str, list[str]] = {}                         # place -> objects, as last read
+        self.shut: set[str] = set()
+        self.place = self.hand = self.stored = None
+        self.treated, self.event = False, ""                         # what happened last: see, take, put, treat
+
+    def turn(self, observation: str) -> str:
+        """The next ReAct turn after `observation`."""
+        self.read(observation)
+        thought, action = self.decide()
+        if action.startswith("go to "):
+            self.place = action[6:]
+        return f"Thought: {thought}\nAction: {action}"
+
+    def read(self, observation: str) -> None:
+        if match := re.search(r"(?:^On the (\w+ \d+)|(?:^|\. )The (\w+ \d+) is open\. In it), you see (.*)\.$", observation):
+            self.event, self.seen[match[1] or match[2]] = "see", re.findall(r"\ban? (\w+ \d+)", match[3])
+            self.shut.discard(match[2])
+        elif match := re.match(r"The (\w+ \d+) is closed", observation):
+            self.shut.add(match[1])
+        elif match := re.match(r"You pick up the (\w+ \d+)", observation):
+            self.event, self.hand = "take", match[1]
+            self.seen[self.place].remove(self.hand)
+        elif match := re.match(r"You (?:put|move) the (\w+ \d+)", observation):
+            self.event, self.hand, self.stored = "put", None, match[1]
+        elif observation.startswith(f"You {self.treatment} the "):
+            self.event, self.treated = "treat", True
+
+    def find(self, what: str) -> tuple[str, str] | None:
+        """(object, place) of that kind that it has seen, here if possible; none that is where it belongs."""
+        found = [(o, place) for place, objects in self.seen.items() for o in objects
+                 if kind(o) == what and (self.treatment or place != self.goal)]
+        return min(found, key=lambda f: f[1] != self.place, default=None)
+
+    def decide(self) -> tuple[str, str]:
+        """(thought, action)."""
+        if not self.hand or self.lamp:
+            what = self.lamp if self.hand else self.obj
+            thing, where = self.find(what) or (None, None)
+            if not thing:
+                return self.search(what)
+            if where != self.place:
+                before = f"I have {self.hand}. " if self.hand else f"{self.stored} is done. " if self.stored else ""
+                return f"{before}I saw {thing} at {where}, so I go there.", f"go to {where}"
+            if self.hand:
+                return f"I have {self.hand} at {thing}. I use it.", f"use {thing}"
+            return f"I see {thing}. I take it.", f"take {thing} from {where}"
+        if self.treatment and not self.treated:
+            station = next(place for place in self.places if kind(place) == ALFWORLD_STATION[self.treatment])
+            if self.place != station:
+                return f"I have {self.hand}. I {self.treatment} it with {station}, so I go there.", f"go to {station}"
+            return f"I have {self.hand} at {station}. I {self.treatment} it.", f"{self.treatment} {self.hand} with {station}"
+        held = f"{STATE[self.treatment]} {self.hand}" if self.treated else self.hand
+        if self.place != self.goal:
+            return f"I have {held}. It belongs at {self.goal}, so I go there.", f"go to {self.goal}"
+        if self.goal in self.shut:
+            return f"{self.goal} is closed. I open it.", f"open {self.goal}"
+        return f"I have {held} at {self.goal}. I put it there.", self.put.format(o=self.hand, r=self.goal)
+
+    def search(self, what: str) -> tuple[str, str]:
+        if self.place in self.shut:
+            return f"{self.place} is closed. I open it.", f"open {self.place}"
+        target = next((place for place in self.routes[what] if place not in self.seen), None)
+        _need(target is not None, "alfworld", f"the expert knows no place with a {what}")
+        if not self.place:
+            two, treatment = "two" in self.task, f", {self.treatment} it" if self.treatment else ""
+            plan = f"a {self.obj} and a {self.lamp}" if self.lamp else \
+                f"{'two' if two else 'a'} {self.obj}{treatment} and put {'them' if two else 'it'} at a {kind(self.goal)}"
+            return f"I must find {plan}. I look at {target} first.", f"go to {target}"
+        why = {"take": f"I have {self.hand} but no {what}", "put": f"{self.stored} is done"}
+        why = why.get(self.event, f"No {what} at {self.place}")
+        return f"{why}. I look at {target} next.", f"go to {target}"
+
+
+class ALFWorld:
+    """The games of a folder that holds json_2.1.1. Task ids are "train/<folder>/<trial>"; dev is valid_seen (rooms of train),
+    test is valid_unseen (other rooms). data: the folder, by default $ALFWORLD_DATA, $STEPAGENT_DATA/alfworld or ~/.cache/alfworld.
+    misses: the expert, who knows where things are, first looks at up to so many places for nothing, so that the agent sees how
+    a search goes on; 0 is the straight way."""
+
+    slow = True                                                      # a start takes about a second: see run_episodes
+    paper = {"train": 3321, "dev": 140, "test": 134, "turns": 10.1}  # Table 1
+
+    def __init__(self, data: str | None = None, misses: int = 4, max_steps: int = 40):
+        for option, value, low in ("misses", misses, 0), ("max_steps", max_steps, 1):
+            _need(isinstance(value, int) and low <= value <= 1000, "alfworld",
+                  f"{option} must be a number between {low} and 1000, not {value!r}")
+        ours = os.environ.get("STEPAGENT_DATA")
+        data = data or os.environ.get("ALFWORLD_DATA") or (ours and f"{ours}/alfworld") or os.path.expanduser("~/.cache/alfworld")
+        self.root, self.misses, self.limit = f"{data}/json_2.1.1", misses, max_steps
+        self.splits = {split: self.games(folder) for split, folder in ALFWORLD_SPLITS.items()}
+        games = sum(self.splits.values(), [])
+        _need(bool(games), f"{self.root}/{{{','.join(ALFWORLD_SPLITS.values())}}}/*/*/game.tw-pddl", "no games; get them: pip "
+              "install alfworld==0.4.2 && ALFWORLD_DATA=FOLDER alfworld-download, then give data=FOLDER or set ALFWORLD_DATA")
+        forms = alfworld_forms(f"{self.root}/{games[0]}/game.tw-pddl")
+        actions = ", ".join(["go to {r}", *(forms[name] for name in ALFWORLD_ACTIONS)]).replace("{o}", "O").replace("{r}", "R")
+        self.instruction = (
+            "You are in a room and solve a household task there. Objects and receptacles have a name and a number, such as mug 1. "
+            "You see only what is at the receptacle that you go to, must open it if it is closed, and can hold one object.\n"
+            f"Your actions: {actions}. R is a receptacle and O an object. "
+            "Clean with a sinkbasin, heat with a microwave and cool with a fridge what you hold. "
+            "To look at an object under a lamp, hold it and use the lamp. "
+            "An action that is not possible gives: Nothing happens.\n"
+            "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def games(self, folder: str) -> list[str]:
+        """Task ids of a folder's solvable games; as in the package, without sliced objects and movable receptacles."""
+        found = []
+        for path in sorted(glob.glob(f"{glob.escape(self.root)}/{folder}/*/*/game.tw-pddl")):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if not re.search("Sliced|movable", path[len(self.root):]) and re.search(r'"solvable": *true', file.read()):
+                    found.append(os.path.dirname(path)[len(self.root) + 1:])
+        return found
+
+    @functools.cached_property
+    def example(self) -> str:
+        train = self.splits["train"]
+        _need(bool(train), f"{self.root}/train", "no games, so there is no example; run alfworld-download")
+        return render(self.expert(next((task for task in train if "_heat_" in task), train[0])))
+
+    def max_steps(self, task_id: str) -> int:
+        return self.limit
+
+    def task_type(self, task_id: str) -> str:
+        return self.check(task_id)[0]
+
+    def check(self, task_id: str) -> list[str]:
+        """[task type, object, movable receptacle, destination or lamp, room], as the folder's name has them, or InputError."""
+        parts = task_id.split("/")[1].split("-") if any(task_id in ids for ids in self.splits.values()) else []
+        _need(len(parts) == 5 and parts[0] in ALFWORLD_TYPES, "alfworld", f"there is no task {task_id!r}; tasks are the folders "
+              f"with a game below {self.root}, such as {next(filter(None, self.splits.values()))[0]}")
+        return parts
+
+    def start(self, task_id: str, facts: bool = False) -> tuple[ALFWorldEpisode, str]:
+        self.check(task_id)
+        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", facts)
+        return episode, episode.first
+
+    def expert(self, task_id: str) -> Trajectory:
+        episode, observation = self.start(task_id, facts=True)
+        inside: dict[str, list[str]] = {}
+        for fact in episode.state.facts:
+            if fact.name == "inreceptacle":
+                inside.setdefault(fact.arguments[1].name, []).append(kind(fact.arguments[0].name))
+        rng = random.Random(f"alfworld:{task_id}")
+        expert = ALFWorldExpert(self.check(task_id), observation, inside, episode.put, rng, self.misses)
+        trajectory, done = Trajectory(task_id), False
+        while not done and len(trajectory.steps) < self.limit:
+            action = expert.turn(observation)
+            trajectory.steps.append(Step(observation, action))
+            observation, trajectory.reward, done, _ = episode.step(action)
+        episode.close()
+        trajectory.truncated = not done
+        return trajectory
+
+
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "alfworld": ALFWorld}
 
 
 def make_env(name: str, **options):
