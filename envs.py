@@ -20,11 +20,14 @@ import contextlib
 import functools
 import glob
 import inspect
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -969,7 +972,7 @@ class ALFWorld:
     slow = True                                                      # a start takes about a second: see run_episodes
     paper = {"train": 3321, "dev": 140, "test": 134, "turns": 10.1}  # Table 1
 
-    def __init__(self, data: str | None = None, misses: int = 4, max_steps: int = 40):
+    def __init__(self, data: str | None = None, misses: int = 5, max_steps: int = 40):
         for option, value, low in ("misses", misses, 0), ("max_steps", max_steps, 1):
             _need(isinstance(value, int) and low <= value <= 1000, "alfworld",
                   f"{option} must be a number between {low} and 1000, not {value!r}")
@@ -1045,13 +1048,193 @@ class ALFWorld:
 ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "alfworld": ALFWorld}
 
 
-def make_env(name: str, **options):
-    """The environment of that name; options go to its constructor."""
+def make_env(name: str, workers: int | None = None, **options):
+    """The environment of that name; options go to its constructor. A slow one plays in `workers` processes, by default one for
+    each of this rank's cores, but at most 8, which is how many worlds run_episodes steps at once; 0: in this process."""
     _need(name in ENVIRONMENTS, f"environment {name!r}", f"unknown; choose one of: {', '.join(ENVIRONMENTS)}")
-    known = list(inspect.signature(ENVIRONMENTS[name]).parameters)
+    make = ENVIRONMENTS[name]
+    known = [*inspect.signature(make).parameters, "workers"]
     for option in options:
         _need(option in known, f"environment {name!r}", f"no option {option!r}; it has: {', '.join(known)}")
-    return ENVIRONMENTS[name](**options)
+    if workers is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
+    _need(isinstance(workers, int) and 0 <= workers <= 256, f"environment {name!r}", f"workers must be a number from 0 to 256, not {workers!r}")
+    return Workers(make, options, workers) if workers else make(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker processes: an environment that is slow, keeps global state or may crash plays in processes of its own
+# ---------------------------------------------------------------------------------------------------------------------
+WORKER_FAILURES = 3                                                  # so many on one task, and it counts as unplayable
+
+
+class WorkerFailure(Exception):
+    """A worker died, hung, or answered what no environment answers."""
+
+
+def _serve(pipe, make, options: dict) -> None:
+    """A worker's life: it answers one request after another until the pipe closes. An error of the environment ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is for the parent, whose end closes the pipe
+    env, episodes = None, {}
+    while True:
+        try:
+            call, key, argument, dropped = pipe.recv()
+        except (EOFError, OSError):
+            return
+        for old in dropped:
+            episode = episodes.pop(old, None)
+            if hasattr(episode, "close"):
+                episode.close()
+        try:
+            env = env or make(**options)
+            if call == "start":
+                episodes[key], answer = env.start(argument)
+            else:
+                answer = episodes[key].step(argument) if call == "step" else env.expert(argument)
+            pipe.send((True, answer))
+        except InputError as error:
+            pipe.send((False, str(error)))
+
+
+def _sound(call: str, answer) -> bool:
+    """Whether an answer is of the kind that the protocol promises."""
+    if call != "step":
+        return isinstance(answer, str if call == "start" else (Trajectory, type(None)))
+    return isinstance(answer, tuple) and len(answer) == 4 and all(map(isinstance, answer, (str, (int, float), bool, dict))) \
+        and 0 <= answer[1] <= 1 and isinstance(answer[3].get("valid"), bool)
+
+
+class _Worker:
+    """A process and the pipe to it. Who asks holds the lock."""
+
+    def __init__(self, make, options: dict, timeout: float):
+        self.made, self.timeout, self.lock = (make, options), timeout, threading.Lock()
+        self.process, self.lives = None, 0                           # lives: processes that have ended
+        self.playing: set[int] = set()                               # keys of running episodes
+        self.dropped: list[int] = []                                 # and of those to close at the next request
+
+    def ask(self, call: str, key: int, argument: str):
+        """The answer to a request, from a new process if there is none. WorkerFailure: there is no sound one, the process is
+        ended. InputError: the environment's."""
+        try:
+            if self.process is None:
+                context = multiprocessing.get_context("forkserver")  # not fork: CUDA and threads of the parent do not survive it
+                context.set_forkserver_preload(["envs"])             # torch is imported once for all workers
+                self.pipe, theirs = context.Pipe()
+                self.process = context.Process(target=_serve, args=(theirs, *self.made), daemon=True)
+                self.process.start()
+                theirs.close()
+            dropped, self.dropped = self.dropped, []
+            self.pipe.send((call, key, argument, dropped))
+            if not self.pipe.poll(self.timeout):
+                raise WorkerFailure(f"no answer within {self.timeout:g} s")
+            understood, answer = self.pipe.recv()
+            if understood and not _sound(call, answer):
+                raise WorkerFailure(f"the answer to {call!r} was {answer!r:.200}")
+        except BaseException as error:                               # also Ctrl-C: an answer still to come would fit no request
+            self.end()
+            if isinstance(error, Exception) and not isinstance(error, WorkerFailure):
+                raise WorkerFailure("the process died") from None
+            raise
+        if not understood:
+            raise InputError(answer)
+        return answer
+
+    def end(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            self.lives += 1
+            self.pipe.close()
+            if process.pid is not None:                              # it had started
+                process.kill()
+                process.join()
+
+
+class WorkerEpisode:
+    """An episode in a worker. If its process fails, the recorded actions are played again in the next one, to the same answers.
+    info["restarts"] counts that. After WORKER_FAILURES failures the episode ends with info["unplayable"] = 1: not to be scored."""
+
+    def __init__(self, worker: _Worker, key: int, call: str, task_id: str):
+        self.worker, self.key, self.task_id = worker, key, task_id
+        self.history: list[tuple[str, str, object]] = []             # call, argument, answer
+        self.life, self.restarts, self.failures, self.reward = worker.lives, 0, 0, 0.0
+        self.first = self.request(call, task_id)                     # first observation, or the expert's trajectory
+
+    def request(self, call: str, argument: str):
+        """The answer, or None if the task has failed too often."""
+        while self.failures < WORKER_FAILURES:
+            try:
+                with self.worker.lock:
+                    if self.life != self.worker.lives:
+                        self.replay()
+                    answer = self.worker.ask(call, self.key, argument)
+                self.history.append((call, argument, answer))
+                return answer
+            except WorkerFailure as error:
+                self.failures += 1
+                print(f"{self.task_id}: failure {self.failures} of {WORKER_FAILURES} ({error})"
+                      + "; the task is not playable" * (self.failures == WORKER_FAILURES), file=sys.stderr)
+        return None
+
+    def replay(self) -> None:
+        self.life = self.worker.lives
+        self.restarts += bool(self.history)
+        for call, argument, answer in self.history:
+            if self.worker.ask(call, self.key, argument) != answer:
+                self.worker.end()
+                raise WorkerFailure("the same actions led elsewhere")
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        if self.key not in self.worker.playing:
+            return "The task is over.", self.reward, True, {"valid": False, "restarts": self.restarts}
+        answer = self.request("step", text) if self.failures < WORKER_FAILURES else None
+        if answer is None:
+            self.close()
+            return "The world has failed.", self.reward, True, {"valid": True, "restarts": self.restarts, "unplayable": 1}
+        observation, self.reward, done, info = answer
+        if done:
+            self.close()
+        return observation, self.reward, done, {**info, "restarts": self.restarts}
+
+    def close(self) -> None:
+        """Safe to repeat, and in a garbage collection: takes no lock, the worker hears of it with the next request."""
+        if hasattr(self, "key") and self.key in self.worker.playing:
+            self.worker.playing.discard(self.key)
+            self.worker.dropped.append(self.key)
+
+    __del__ = close
+
+
+class Workers:
+    """make(**options) in n processes, by the protocol of all environments: start, step and expert run there, each episode in the
+    process with the fewest, and everything else is asked of an instance in this process. timeout: seconds for one answer."""
+
+    def __init__(self, make, options: dict, n: int, timeout: float = 120.0):
+        self.env, self.keys, self.lock = make(**options), itertools.count(), threading.Lock()
+        self.workers = [_Worker(make, options, timeout) for _ in range(n)]
+        weakref.finalize(self, lambda workers: [worker.end() for worker in workers], self.workers)    # also at exit
+
+    def __getattr__(self, name: str):
+        if name == "env":                                            # its own constructor failed
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def start(self, task_id: str) -> tuple[WorkerEpisode, str]:
+        episode = self.begin("start", task_id)
+        return episode, episode.first or f"{task_id} cannot be played."
+
+    def begin(self, call: str, task_id: str) -> WorkerEpisode:
+        with self.lock:
+            worker, key = min(self.workers, key=lambda worker: len(worker.playing)), next(self.keys)
+            worker.playing.add(key)
+        return WorkerEpisode(worker, key, call, task_id)
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """As the environment's; None, after a message, also where the task failed too often."""
+        episode = self.begin("expert", task_id)
+        episode.close()
+        return episode.first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

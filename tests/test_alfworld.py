@@ -111,7 +111,7 @@ def world(request, tmp_path, closed):
     for task in TASKS:
         for split in "train", "valid_seen":
             write(tmp_path / "json_2.1.1" / split / task / "trial_1", FORMS | {"PutObject": request.param})
-    return make_env("alfworld", data=str(tmp_path))
+    return make_env("alfworld", workers=0, data=str(tmp_path))
 
 
 def test_the_instruction_words_putting_as_the_games_do(world):
@@ -141,7 +141,7 @@ def test_a_thought_names_only_what_was_read_before(world):
 
 
 def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, world):
-    straight = make_env("alfworld", data=str(tmp_path), misses=0)
+    straight = make_env("alfworld", workers=0, data=str(tmp_path), misses=0)
     turns = [[len(env.expert(task).steps) for task in env.splits["train"] + env.splits["dev"]] for env in (straight, world)]
     assert all(a <= b for a, b in zip(*turns)) and sum(turns[0]) < sum(turns[1])
     assert "No mug" not in envs.render(straight.expert("train/pick_and_place_simple-Mug-None-Shelf-1/trial_1"))
@@ -189,22 +189,22 @@ def test_unsolvable_sliced_and_movable_games_are_left_out(tmp_path):
     write(root / task / "trial_2", solvable=False)
     write(root / "pick_and_place_simple-AppleSliced-None-Shelf-1" / "trial_1")
     write(root / "pick_and_place_with_movable_recep-Pen-Mug-Shelf-1" / "trial_1")
-    assert make_env("alfworld", data=str(tmp_path)).splits == {"train": [f"train/{task}/trial_1"], "dev": [], "test": []}
+    assert make_env("alfworld", workers=0, data=str(tmp_path)).splits == {"train": [f"train/{task}/trial_1"], "dev": [], "test": []}
 
 
 def test_absent_games_are_reported_with_the_download(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="alfworld-download"):
-        make_env("alfworld", data=str(tmp_path))
+        make_env("alfworld", workers=0, data=str(tmp_path))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "elsewhere"))
     with pytest.raises(InputError, match="elsewhere"):
-        make_env("alfworld")
+        make_env("alfworld", workers=0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"grammar": 1}', '{"grammar": ""}', '{"solvable": true}'])
 def test_a_broken_game_is_reported_with_its_file(tmp_path, closed, content):
     folder = tmp_path / "json_2.1.1" / "train" / next(iter(TASKS)) / "trial_1"
     write(folder)
-    env = make_env("alfworld", data=str(tmp_path))
+    env = make_env("alfworld", workers=0, data=str(tmp_path))
     (folder / "game.tw-pddl").write_text(content)
     with pytest.raises(InputError, match="trial_1/game.tw-pddl"):
         env.start(env.splits["train"][0])
@@ -213,7 +213,7 @@ def test_a_broken_game_is_reported_with_its_file(tmp_path, closed, content):
 @pytest.mark.parametrize("options", [{"misses": -1}, {"max_steps": 0}, {"misses": "x"}])
 def test_bad_options_are_refused(options):
     with pytest.raises(InputError, match="must be a number"):
-        make_env("alfworld", **options)
+        make_env("alfworld", workers=0, **options)
 
 
 @pytest.mark.parametrize("task", ["", "x", "train/x/y", "dev-0", "train"])
@@ -238,7 +238,7 @@ def real():
     data = Path(os.environ.get("STEPAGENT_DATA", "")) / "alfworld"
     if not (os.environ.get("STEPAGENT_DATA") and data.is_dir()):
         pytest.skip("STEPAGENT_DATA names no folder with alfworld/json_2.1.1")
-    return make_env("alfworld", data=str(data))
+    return make_env("alfworld", workers=0, data=str(data))
 
 
 def test_the_expert_solves_real_games_of_every_type(real):
