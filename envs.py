@@ -608,11 +608,14 @@ class ScienceWorldEpisode:
 
 
 class ScienceWorld:
-    """Science experiments in ten rooms. Task ids are "<task>/<variation>", such as "boil/3"; the splits are the package's.
+    """Science experiments in ten rooms. Task ids are "<task>/<variation>", such as "boil/3".
     tasks: names to keep (a list, or text with commas), by default all; variations: at most so many for each task and split,
-    evenly spread; simplification: "easy" as in ETO (one may teleport, doors are open, pots water themselves, little wiring)."""
+    evenly spread; simplification: "easy" as in ETO (one may teleport, doors are open, pots water themselves, little wiring).
+    split: "package", or "eto" for ETO's lists (1,483 / 194 / 211 tasks), which are in the folder `data` as train_indices.json,
+    dev_indices.json and test_indices.json; by default $STEPAGENT_DATA/scienceworld. 54 of its dev tasks are train tasks, too."""
 
     slow = True                                                      # a step takes as long as a token: see run_episodes
+    paper = {"train": 1483, "dev": 194, "test": 241, "turns": 14.4}  # Table 1
     instruction = (
         "You carry out a science experiment in a house. Its rooms are the hallway, kitchen, living room, bedroom, bathroom, "
         "workshop, art studio, greenhouse, foundry and outside. You see only the room that you are in.\n"
@@ -629,7 +632,10 @@ class ScienceWorld:
         "a number: your choice, when you are asked which of several you mean\n"
         "Reply each time with:\nThought: your reasoning\nAction: your action")
 
-    def __init__(self, tasks: str | list[str] | None = None, variations: int | None = None, simplification: str = "easy"):
+    def __init__(self, tasks: str | list[str] | None = None, variations: int | None = None, simplification: str = "easy",
+                 split: str = "package", data: str | None = None):
+        _need(split in ("package", "eto"), "scienceworld", f"split must be package or eto, not {split!r}")
+        listed = self.eto(data or f"{os.environ.get('STEPAGENT_DATA', '.')}/scienceworld") if split == "eto" else {}
         _need(variations is None or isinstance(variations, int) and variations >= 1, "scienceworld",
               f"variations must be a number, at least 1, not {variations!r}")
         self.simplification, self.idle, self.started = simplification, [], []
@@ -637,18 +643,46 @@ class ScienceWorld:
         simulator = self.borrow()
         known, easier = simulator.get_task_names(), ["easy", *simulator.get_possible_simplifications()]
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks or known)]
-        for given, allowed in (names, known), (simplification.split(",") if simplification else [], easier):
+        named = [name for lists in listed.values() for name in lists]
+        for given, allowed in (names, known), (named, known), (simplification.split(",") if simplification else [], easier):
             unknown = sorted(set(given) - set(allowed))
             _need(not unknown, "scienceworld", f"there is no {unknown[:1]}; choose from: {', '.join(allowed)}")
         self.sizes = {name: simulator.get_max_variations(name) for name in known}
         self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         for name in dict.fromkeys(names):                            # in the given order, each once
             simulator.server.load(name, 0, simplification, False)    # the package gives the splits of the loaded task
-            for split, ids in self.splits.items():
-                found = getattr(simulator, f"get_variations_{split}")()
+            for part, ids in self.splits.items():
+                found = listed[part].get(name, []) if listed else getattr(simulator, f"get_variations_{part}")()
+                most = max(found, default=0)
+                _need(most < self.sizes[name], f"{part}_indices.json", f"{name} has no variation {most}; is it of this package?")
                 count = min(len(found), variations or len(found))
                 ids += [f"{name}/{found[i * len(found) // count]}" for i in range(count)]
         self.idle.append(simulator)
+
+    @staticmethod
+    def eto(folder: str) -> dict[str, dict[str, list[int]]]:
+        """split -> task -> variations, from ETO's lists of [task, variation], with today's task names."""
+        lists: dict[str, dict[str, list[int]]] = {}
+        for part in "train", "dev", "test":
+            path = f"{folder}/{part}_indices.json"
+            try:
+                with open(path, encoding="utf-8") as file:
+                    rows = _json(file.read(), path)
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: cannot be read ({error}); it is in ETO's repository, under eval_agent/data/sciworld: "
+                                 "give its folder as data=FOLDER") from None
+            _need(isinstance(rows, list) and bool(rows), path, "is not a list of [task, variation]")
+            lists[part] = {}
+            for i, row in enumerate(rows):
+                _need(isinstance(row, list) and list(map(type, row)) == [str, int] and row[1] >= 0, path,
+                      f"entry {i} is {row!r:.80}, not [task, variation]")
+                lists[part].setdefault(ScienceWorld.today(row[0]), []).append(row[1])
+        return lists
+
+    @staticmethod
+    def today(name: str) -> str:
+        """ "task-6-lifespan-(longest-lived)" -> "lifespan-longest-lived"."""
+        return re.sub(r"^task-\d+\w?-|[()]", "", name).replace("mendellian", "mendelian")
 
     @functools.cached_property
     def example(self) -> str:
@@ -839,8 +873,8 @@ class ALFWorldEpisode:
                     entity.name = names[key]
                 self.state = self.game.reset()
             except (Exception, SystemExit) as error:                 # parser and translator raise many kinds
-                raise InputError(f"{path}: TextWorld cannot play it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                                 "run alfworld-download again") from None
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:99]}"
+                raise InputError(f"{path}: TextWorld cannot play it ({reason}); run alfworld-download again") from None
             finally:
                 sys.argv = argv                                      # which the translator overwrites
         self.first = self.state.feedback.partition("=-\n\n")[2].replace("\n\n", "\n")        # without TextWorld's banner
@@ -899,7 +933,9 @@ class ALFWorldExpert:
         """The next ReAct turn after `observation`."""
         self.read(observation)
         thought, action = self.decide()
-        if action.startswith("go to "):
+        if observation == "Nothing happens.":                        # the place is where it stands: some share a spot
+            thought, action = f"{self.place} is right here. I examine it.", f"examine {self.place}"
+        elif action.startswith("go to "):
             self.place = action[6:]
         return f"Thought: {thought}\nAction: {action}"
 
@@ -1059,7 +1095,8 @@ def make_env(name: str, workers: int | None = None, **options):
     if workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
-    _need(isinstance(workers, int) and 0 <= workers <= 256, f"environment {name!r}", f"workers must be a number from 0 to 256, not {workers!r}")
+    _need(isinstance(workers, int) and 0 <= workers <= 256, f"environment {name!r}",
+          f"workers must be a number from 0 to 256, not {workers!r}")
     return Workers(make, options, workers) if workers else make(**options)
 
 

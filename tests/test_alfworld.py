@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import envs
-from envs import ALFWORLD_ACTIONS, ALFWORLD_TYPES, alfworld_names, make_env, parse_action
+from envs import ALFWORLD_TYPES, alfworld_names, kind, make_env
 from rollout import InputError
 
 FORMS = {"OpenObject": "open {r}", "CloseObject": "close {r}", "PickupObject": "take {o} from {r}", "PutObject": "put {o} in/on {r}",
@@ -68,8 +68,13 @@ class Game:
             return re.fullmatch(re.escape(form).replace(r"\{o\}", r"(?P<o>\w+ \d+)").replace(r"\{r\}", r"(?P<r>\w+ \d+)"), action)
         inside = self.rooms.get(self.place, [])
         if (m := match("go to {r}")) and m["r"] in self.rooms:
+            if self.place and {kind(self.place), kind(m["r"])} == {"cabinet"}:
+                return None                                          # both cabinets share a spot: one is there already
             self.place = m["r"]
             return f"You arrive at loc 12. {self.view(self.place)}"
+        if (m := match("examine {r}")) and self.place and kind(m["r"]) == kind(self.place):
+            self.place = m["r"]
+            return self.view(self.place)
         if (m := match("open {r}")) and m["r"] == self.place:
             self.open.add(self.place)
             return f"You open the {self.place}. {self.view(self.place)}"
@@ -128,7 +133,7 @@ def test_the_expert_solves_all_six_types_by_actions_that_the_game_knows(world):
         assert first == shown.steps[0].observation
         for step, following in zip(shown.steps, [*shown.steps[1:], None]):
             observation, reward, done, info = episode.step(step.action)
-            assert info == {"valid": True} and done == (following is None) and (done or observation == following.observation)
+            assert info == {"valid": observation != "Nothing happens."} and done == (following is None) and (done or observation == following.observation)
 
 
 def test_a_thought_names_only_what_was_read_before(world):
@@ -138,6 +143,16 @@ def test_a_thought_names_only_what_was_read_before(world):
             read += step.observation
             thought = step.action.split("\nAction: ")[0]
             assert all(name in read for name in re.findall(r"[a-z]+ \d+", thought)), step
+
+
+def test_a_place_at_the_same_spot_is_examined(world, closed):
+    inside = {"cabinet 1": ["mug"], "cabinet 2": []}
+    expert = envs.ALFWorldExpert(["pick_and_place_simple", "Mug", "None", "Shelf", "1"], "you see a cabinet 2, a cabinet 1, a shelf 1.\nYour task",
+                                 inside, "put {o} in/on {r}", random.Random(0), 0)
+    expert.routes["mug"] = ["cabinet 2", "cabinet 1"]
+    said = ["a first look", "On the cabinet 2, you see nothing.", "Nothing happens.", "The cabinet 1 is closed.", "You open the cabinet 1. The cabinet 1 is open. In it, you see a mug 1."]
+    assert [expert.turn(o).split("Action: ")[1] for o in said] == ["go to cabinet 2", "go to cabinet 1", "examine cabinet 1", "open cabinet 1",
+                                                                   "take mug 1 from cabinet 1"]
 
 
 def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, world):
