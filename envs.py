@@ -29,15 +29,18 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import string
 import struct
 import subprocess
 import sys
+import threading
 import unicodedata
 import weakref
 from collections import Counter
@@ -650,11 +653,14 @@ class ScienceWorldEpisode:
 
 
 class ScienceWorld:
-    """Science experiments in ten rooms. Task ids are "<task>/<variation>", such as "boil/3"; the splits are the package's.
+    """Science experiments in ten rooms. Task ids are "<task>/<variation>", such as "boil/3".
     tasks: names to keep (a list, or text with commas), by default all; variations: at most so many for each task and split,
-    evenly spread; simplification: "easy" as in ETO (one may teleport, doors are open, pots water themselves, little wiring)."""
+    evenly spread; simplification: "easy" as in ETO (one may teleport, doors are open, pots water themselves, little wiring).
+    split: "package", or "eto" for ETO's lists (1,483 / 194 / 211 tasks), which are in the folder `data` as train_indices.json,
+    dev_indices.json and test_indices.json; by default $STEPAGENT_DATA/scienceworld. 54 of its dev tasks are train tasks, too."""
 
     slow = True                                                      # a step takes as long as a token: see run_episodes
+    paper = {"train": 1483, "dev": 194, "test": 241, "turns": 14.4}  # Table 1
     instruction = (
         "You carry out a science experiment in a house. Its rooms are the hallway, kitchen, living room, bedroom, bathroom, "
         "workshop, art studio, greenhouse, foundry and outside. You see only the room that you are in.\n"
@@ -671,7 +677,10 @@ class ScienceWorld:
         "a number: your choice, when you are asked which of several you mean\n"
         "Reply each time with:\nThought: your reasoning\nAction: your action")
 
-    def __init__(self, tasks: str | list[str] | None = None, variations: int | None = None, simplification: str = "easy"):
+    def __init__(self, tasks: str | list[str] | None = None, variations: int | None = None, simplification: str = "easy",
+                 split: str = "package", data: str | None = None):
+        _need(split in ("package", "eto"), "scienceworld", f"split must be package or eto, not {split!r}")
+        listed = self.eto(data or f"{os.environ.get('STEPAGENT_DATA', '.')}/scienceworld") if split == "eto" else {}
         _need(variations is None or isinstance(variations, int) and variations >= 1, "scienceworld",
               f"variations must be a number, at least 1, not {variations!r}")
         self.simplification, self.idle, self.started = simplification, [], []
@@ -679,18 +688,46 @@ class ScienceWorld:
         simulator = self.borrow()
         known, easier = simulator.get_task_names(), ["easy", *simulator.get_possible_simplifications()]
         names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks or known)]
-        for given, allowed in (names, known), (simplification.split(",") if simplification else [], easier):
+        named = [name for lists in listed.values() for name in lists]
+        for given, allowed in (names, known), (named, known), (simplification.split(",") if simplification else [], easier):
             unknown = sorted(set(given) - set(allowed))
             _need(not unknown, "scienceworld", f"there is no {unknown[:1]}; choose from: {', '.join(allowed)}")
         self.sizes = {name: simulator.get_max_variations(name) for name in known}
         self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         for name in dict.fromkeys(names):                            # in the given order, each once
             simulator.server.load(name, 0, simplification, False)    # the package gives the splits of the loaded task
-            for split, ids in self.splits.items():
-                found = getattr(simulator, f"get_variations_{split}")()
+            for part, ids in self.splits.items():
+                found = listed[part].get(name, []) if listed else getattr(simulator, f"get_variations_{part}")()
+                most = max(found, default=0)
+                _need(most < self.sizes[name], f"{part}_indices.json", f"{name} has no variation {most}; is it of this package?")
                 count = min(len(found), variations or len(found))
                 ids += [f"{name}/{found[i * len(found) // count]}" for i in range(count)]
         self.idle.append(simulator)
+
+    @staticmethod
+    def eto(folder: str) -> dict[str, dict[str, list[int]]]:
+        """split -> task -> variations, from ETO's lists of [task, variation], with today's task names."""
+        lists: dict[str, dict[str, list[int]]] = {}
+        for part in "train", "dev", "test":
+            path = f"{folder}/{part}_indices.json"
+            try:
+                with open(path, encoding="utf-8") as file:
+                    rows = _json(file.read(), path)
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: cannot be read ({error}); it is in ETO's repository, under eval_agent/data/sciworld: "
+                                 "give its folder as data=FOLDER") from None
+            _need(isinstance(rows, list) and bool(rows), path, "is not a list of [task, variation]")
+            lists[part] = {}
+            for i, row in enumerate(rows):
+                _need(isinstance(row, list) and list(map(type, row)) == [str, int] and row[1] >= 0, path,
+                      f"entry {i} is {row!r:.80}, not [task, variation]")
+                lists[part].setdefault(ScienceWorld.today(row[0]), []).append(row[1])
+        return lists
+
+    @staticmethod
+    def today(name: str) -> str:
+        """ "task-6-lifespan-(longest-lived)" -> "lifespan-longest-lived"."""
+        return re.sub(r"^task-\d+\w?-|[()]", "", name).replace("mendellian", "mendelian")
 
     @functools.cached_property
     def example(self) -> str:
@@ -809,6 +846,284 @@ def _stop(simulators: list) -> None:
         simulator.close()
         simulator._gateway.java_process.kill()                       # now, so that the package's own clean-up finds it ended
         simulator._gateway.java_process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# alfworld: household tasks in text (Shridhar et al., 2021): TextWorld games made from the scenes of ALFRED
+# ---------------------------------------------------------------------------------------------------------------------
+ALFWORLD_SPLITS = {"train": "train", "dev": "valid_seen", "test": "valid_unseen"}
+ALFWORLD_TYPES = ["pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
+                  "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place"]
+# Actions in the order of the instruction; how a game words each is read from the game.
+ALFWORLD_ACTIONS = ["OpenObject", "CloseObject", "PickupObject", "PutObject", "CleanObject", "HeatObject", "CoolObject",
+                    "ToggleObject", "examineObject", "examineReceptacle", "look", "inventory"]
+ALFWORLD_STATION = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+ALFWORLD_LOCK = threading.RLock()                                    # TextWorld's parser and translator are global state
+
+
+def _textworld():
+    """The package, made to remember what it would parse, translate and copy again at every step. Texts stay the same."""
+    try:
+        import fast_downward
+        import textworld
+        from textworld.envs.pddl import textgen
+        from textworld.generator.game import EntityInfo
+        from textworld.logic import Placeholder, Rule, Variable
+    except ImportError:
+        raise InputError("alfworld: the package is missing; install it: pip install 'textworld[pddl]==1.7.0'") from None
+    with ALFWORLD_LOCK:
+        if not hasattr(fast_downward.pddl2sas, "cache_info"):
+            textgen._PARSER.parse = functools.lru_cache(4096)(textgen._PARSER.parse)         # templates
+            Rule.parse_conjunctive_query = functools.lru_cache(4096)(Rule.parse_conjunctive_query)
+            fast_downward.pddl2sas = functools.lru_cache(2)(fast_downward.pddl2sas)          # load and reset do the same work
+            for constant in Variable, Placeholder, EntityInfo:
+                constant.__deepcopy__ = lambda self, memo: self
+    return textworld, fast_downward
+
+
+def alfworld_names(ids: list[str]) -> dict[str, str]:
+    """ALFRED's ids -> ALFWorld's names, "mug_bar__minus_01_dot_57.." -> "mug 1": the last id in alphabetical order is number 1."""
+    names, counts = {}, {}
+    for key in sorted(ids, reverse=True):
+        what, bar, _ = key.partition("_bar_")
+        what += "basin" if "basin" in key else ""                    # sink_bar_.._bar_sinkbasin
+        counts[what] = counts.get(what, 0) + 1
+        names[key] = f"{what} {counts[what]}" if bar else key
+    return names
+
+
+def alfworld_forms(path: str) -> dict[str, str]:
+    """How a game words its actions, such as {"PutObject": "put {o} in/on {r}"} ("move {o} to {r}" in newer games)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            forms = dict(re.findall(r'action (\w+) \{\s*template :: "(.*?)"', json.load(file)["grammar"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a TextWorld game ({type(error).__name__}: {error}); run alfworld-download again") from None
+    missing = [name for name in ALFWORLD_ACTIONS if name not in forms]
+    _need(not missing, path, f"its grammar lacks {', '.join(missing)}; run alfworld-download again")
+    return forms
+
+
+class ALFWorldEpisode:
+    """One game. facts: keep TextWorld's list of what is where, for the expert."""
+
+    def __init__(self, path: str, facts: bool = False):
+        textworld, self.planner = _textworld()
+        self.put, self.reward, argv = alfworld_forms(path)["PutObject"], 0.0, sys.argv
+        with ALFWORLD_LOCK:
+            try:
+                self.game = textworld.start(path, textworld.EnvInfos(won=True, facts=facts))
+                names = alfworld_names(self.game._entity_infos)
+                for key, entity in self.game._entity_infos.items():
+                    entity.name = names[key]
+                self.state = self.game.reset()
+            except (Exception, SystemExit) as error:                 # parser and translator raise many kinds
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:99]}"
+                raise InputError(f"{path}: TextWorld cannot play it ({reason}); run alfworld-download again") from None
+            finally:
+                sys.argv = argv                                      # which the translator overwrites
+        self.first = self.state.feedback.partition("=-\n\n")[2].replace("\n\n", "\n")        # without TextWorld's banner
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        """Plays one turn. An action that the game does not list changes nothing: "Nothing happens.". Only the wording of
+        putting is made the game's own: put O in R, put O on R, put O in/on R and move O to R all count."""
+        if self.game is None:
+            return "The task is over.", self.reward, True, {"valid": False}
+        action = (parse_action(text) or "").lower()
+        if match := re.fullmatch(r"put (.+?) (?:in/on|in|on) (.+)|move (.+?) to (.+)", action):
+            action = self.put.format(o=match[1] or match[3], r=match[2] or match[4])
+        with ALFWORLD_LOCK:
+            self.state, reward, done = self.game.step(action)
+        self.reward = float(reward)
+        observation = re.sub(r"^You arrive at loc \d+\. ", "", self.state.feedback)
+        if done:
+            self.close()
+        return observation, self.reward, done, {"valid": observation != "Nothing happens."}
+
+    def close(self) -> None:
+        """Frees the planner's library, of which each game loads a copy of its own. Safe to repeat."""
+        game, self.game = getattr(self, "game", None), None
+        if game is not None:
+            self.planner.close_lib(game.downward_lib)
+
+    __del__ = close
+
+
+class ALFWorldExpert:
+    """Plays by rule, and says only what it has read, as the household's expert does; one wording for each situation. Where it
+    looks next is chosen for it: some places without what it wants, then one with it (`inside`: place -> kinds of things there).
+    parts: the task as ALFWorld.check returns it; put: the game's form of putting."""
+
+    def __init__(self, parts: list[str], first_observation: str, inside: dict[str, list[str]], put: str,
+                 rng: random.Random, misses: int):
+        self.task, self.obj, _, goal, _ = (part.lower() for part in parts)
+        self.treatment = next((t for t in ALFWORLD_STATION if f"_{t}_" in self.task), None)
+        self.lamp = goal if self.task == "look_at_obj_in_light" else None
+        self.places = re.findall(r"\ban? (\w+ \d+)", first_observation.split("\n")[0])
+        self.places.sort(key=lambda place: int(place.split()[1]))    # number 1 of a kind first
+        goals = [place for place in self.places if kind(place) == goal]
+        self.goal = max(goals, key=lambda place: inside.get(place, []).count(self.obj), default=None)
+        self.put, self.routes = put, {}
+        for what in filter(None, [self.obj, self.lamp]):
+            right = [place for place in self.places if what in inside.get(place, []) and (self.treatment or place != self.goal)]
+            right.sort(key=lambda place: -inside[place].count(what))
+            wrong = [place for place in self.places if place not in right and place != self.goal]
+            self.routes[what] = rng.sample(wrong, min(rng.randint(0, misses), len(wrong))) + right
+        self.seen: dict[str, list[str]] = {}                         # place -> objects, as last read
+        self.shut: set[str] = set()
+        self.place = self.hand = self.stored = None
+        self.treated, self.event = False, ""                         # what happened last: see, take, put, treat
+
+    def turn(self, observation: str) -> str:
+        """The next ReAct turn after `observation`."""
+        self.read(observation)
+        thought, action = self.decide()
+        if observation == "Nothing happens.":                        # the place is where it stands: some share a spot
+            thought, action = f"{self.place} is right here. I examine it.", f"examine {self.place}"
+        elif action.startswith("go to "):
+            self.place = action[6:]
+        return f"Thought: {thought}\nAction: {action}"
+
+    def read(self, observation: str) -> None:
+        if match := re.search(r"(?:^On the (\w+ \d+)|(?:^|\. )The (\w+ \d+) is open\. In it), you see (.*)\.$", observation):
+            self.event, self.seen[match[1] or match[2]] = "see", re.findall(r"\ban? (\w+ \d+)", match[3])
+            self.shut.discard(match[2])
+        elif match := re.match(r"The (\w+ \d+) is closed", observation):
+            self.shut.add(match[1])
+        elif match := re.match(r"You pick up the (\w+ \d+)", observation):
+            self.event, self.hand = "take", match[1]
+            self.seen[self.place].remove(self.hand)
+        elif match := re.match(r"You (?:put|move) the (\w+ \d+)", observation):
+            self.event, self.hand, self.stored = "put", None, match[1]
+        elif observation.startswith(f"You {self.treatment} the "):
+            self.event, self.treated = "treat", True
+
+    def find(self, what: str) -> tuple[str, str] | None:
+        """(object, place) of that kind that it has seen, here if possible; none that is where it belongs."""
+        found = [(o, place) for place, objects in self.seen.items() for o in objects
+                 if kind(o) == what and (self.treatment or place != self.goal)]
+        return min(found, key=lambda f: f[1] != self.place, default=None)
+
+    def decide(self) -> tuple[str, str]:
+        """(thought, action)."""
+        if not self.hand or self.lamp:
+            what = self.lamp if self.hand else self.obj
+            thing, where = self.find(what) or (None, None)
+            if not thing:
+                return self.search(what)
+            if where != self.place:
+                before = f"I have {self.hand}. " if self.hand else f"{self.stored} is done. " if self.stored else ""
+                return f"{before}I saw {thing} at {where}, so I go there.", f"go to {where}"
+            if self.hand:
+                return f"I have {self.hand} at {thing}. I use it.", f"use {thing}"
+            return f"I see {thing}. I take it.", f"take {thing} from {where}"
+        if self.treatment and not self.treated:
+            station = next(place for place in self.places if kind(place) == ALFWORLD_STATION[self.treatment])
+            if self.place != station:
+                return f"I have {self.hand}. I {self.treatment} it with {station}, so I go there.", f"go to {station}"
+            return f"I have {self.hand} at {station}. I {self.treatment} it.", f"{self.treatment} {self.hand} with {station}"
+        held = f"{STATE[self.treatment]} {self.hand}" if self.treated else self.hand
+        if self.place != self.goal:
+            return f"I have {held}. It belongs at {self.goal}, so I go there.", f"go to {self.goal}"
+        if self.goal in self.shut:
+            return f"{self.goal} is closed. I open it.", f"open {self.goal}"
+        return f"I have {held} at {self.goal}. I put it there.", self.put.format(o=self.hand, r=self.goal)
+
+    def search(self, what: str) -> tuple[str, str]:
+        if self.place in self.shut:
+            return f"{self.place} is closed. I open it.", f"open {self.place}"
+        target = next((place for place in self.routes[what] if place not in self.seen), None)
+        _need(target is not None, "alfworld", f"the expert knows no place with a {what}")
+        if not self.place:
+            two, treatment = "two" in self.task, f", {self.treatment} it" if self.treatment else ""
+            plan = f"a {self.obj} and a {self.lamp}" if self.lamp else \
+                f"{'two' if two else 'a'} {self.obj}{treatment} and put {'them' if two else 'it'} at a {kind(self.goal)}"
+            return f"I must find {plan}. I look at {target} first.", f"go to {target}"
+        why = {"take": f"I have {self.hand} but no {what}", "put": f"{self.stored} is done"}
+        why = why.get(self.event, f"No {what} at {self.place}")
+        return f"{why}. I look at {target} next.", f"go to {target}"
+
+
+class ALFWorld:
+    """The games of a folder that holds json_2.1.1. Task ids are "train/<folder>/<trial>"; dev is valid_seen (rooms of train),
+    test is valid_unseen (other rooms). data: the folder, by default $ALFWORLD_DATA, $STEPAGENT_DATA/alfworld or ~/.cache/alfworld.
+    misses: the expert, who knows where things are, first looks at up to so many places for nothing, so that the agent sees how
+    a search goes on; 0 is the straight way."""
+
+    slow = True                                                      # a start takes about a second: see run_episodes
+    paper = {"train": 3321, "dev": 140, "test": 134, "turns": 10.1}  # Table 1
+
+    def __init__(self, data: str | None = None, misses: int = 5, max_steps: int = 40):
+        for option, value, low in ("misses", misses, 0), ("max_steps", max_steps, 1):
+            _need(isinstance(value, int) and low <= value <= 1000, "alfworld",
+                  f"{option} must be a number between {low} and 1000, not {value!r}")
+        ours = os.environ.get("STEPAGENT_DATA")
+        data = data or os.environ.get("ALFWORLD_DATA") or (ours and f"{ours}/alfworld") or os.path.expanduser("~/.cache/alfworld")
+        self.root, self.misses, self.limit = f"{data}/json_2.1.1", misses, max_steps
+        self.splits = {split: self.games(folder) for split, folder in ALFWORLD_SPLITS.items()}
+        games = sum(self.splits.values(), [])
+        _need(bool(games), f"{self.root}/{{{','.join(ALFWORLD_SPLITS.values())}}}/*/*/game.tw-pddl", "no games; get them: pip "
+              "install alfworld==0.4.2 && ALFWORLD_DATA=FOLDER alfworld-download, then give data=FOLDER or set ALFWORLD_DATA")
+        forms = alfworld_forms(f"{self.root}/{games[0]}/game.tw-pddl")
+        actions = ", ".join(["go to {r}", *(forms[name] for name in ALFWORLD_ACTIONS)]).replace("{o}", "O").replace("{r}", "R")
+        self.instruction = (
+            "You are in a room and solve a household task there. Objects and receptacles have a name and a number, such as mug 1. "
+            "You see only what is at the receptacle that you go to, must open it if it is closed, and can hold one object.\n"
+            f"Your actions: {actions}. R is a receptacle and O an object. "
+            "Clean with a sinkbasin, heat with a microwave and cool with a fridge what you hold. "
+            "To look at an object under a lamp, hold it and use the lamp. "
+            "An action that is not possible gives: Nothing happens.\n"
+            "Reply each time with:\nThought: your reasoning\nAction: your action")
+
+    def games(self, folder: str) -> list[str]:
+        """Task ids of a folder's solvable games; as in the package, without sliced objects and movable receptacles."""
+        found = []
+        for path in sorted(glob.glob(f"{glob.escape(self.root)}/{folder}/*/*/game.tw-pddl")):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if not re.search("Sliced|movable", path[len(self.root):]) and re.search(r'"solvable": *true', file.read()):
+                    found.append(os.path.dirname(path)[len(self.root) + 1:])
+        return found
+
+    @functools.cached_property
+    def example(self) -> str:
+        train = self.splits["train"]
+        _need(bool(train), f"{self.root}/train", "no games, so there is no example; run alfworld-download")
+        return render(self.expert(next((task for task in train if "_heat_" in task), train[0])))
+
+    def max_steps(self, task_id: str) -> int:
+        return self.limit
+
+    def task_type(self, task_id: str) -> str:
+        return self.check(task_id)[0]
+
+    def check(self, task_id: str) -> list[str]:
+        """[task type, object, movable receptacle, destination or lamp, room], as the folder's name has them, or InputError."""
+        parts = task_id.split("/")[1].split("-") if any(task_id in ids for ids in self.splits.values()) else []
+        _need(len(parts) == 5 and parts[0] in ALFWORLD_TYPES, "alfworld", f"there is no task {task_id!r}; tasks are the folders "
+              f"with a game below {self.root}, such as {next(filter(None, self.splits.values()))[0]}")
+        return parts
+
+    def start(self, task_id: str, facts: bool = False) -> tuple[ALFWorldEpisode, str]:
+        self.check(task_id)
+        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", facts)
+        return episode, episode.first
+
+    def expert(self, task_id: str) -> Trajectory:
+        episode, observation = self.start(task_id, facts=True)
+        inside: dict[str, list[str]] = {}
+        for fact in episode.state.facts:
+            if fact.name == "inreceptacle":
+                inside.setdefault(fact.arguments[1].name, []).append(kind(fact.arguments[0].name))
+        rng = random.Random(f"alfworld:{task_id}")
+        expert = ALFWorldExpert(self.check(task_id), observation, inside, episode.put, rng, self.misses)
+        trajectory, done = Trajectory(task_id), False
+        while not done and len(trajectory.steps) < self.limit:
+            action = expert.turn(observation)
+            trajectory.steps.append(Step(observation, action))
+            observation, trajectory.reward, done, _ = episode.step(action)
+        episode.close()
+        trajectory.truncated = not done
+        return trajectory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1796,17 +2111,24 @@ class QA:
         return trajectory
 
 
-ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "webshop": WebShop, "mind2web": Mind2Web,
+ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "alfworld": ALFWorld, "webshop": WebShop, "mind2web": Mind2Web,
                 **{name: functools.partial(QA, name) for name in QA_BENCHMARKS}}
 
 
-def make_env(name: str, **options):
-    """The environment of that name; options go to its constructor."""
+def make_env(name: str, workers: int | None = None, **options):
+    """The environment of that name; options go to its constructor. A slow one plays in `workers` processes, by default one for
+    each of this rank's cores, but at most 8, which is how many worlds run_episodes steps at once; 0: in this process."""
     _need(name in ENVIRONMENTS, f"environment {name!r}", f"unknown; choose one of: {', '.join(ENVIRONMENTS)}")
-    known = list(inspect.signature(ENVIRONMENTS[name]).parameters)
+    make = ENVIRONMENTS[name]
+    known = [*inspect.signature(make).parameters, "workers"]
     for option in options:
         _need(option in known, f"environment {name!r}", f"no option {option!r}; it has: {', '.join(known)}")
-    return ENVIRONMENTS[name](**options)
+    if workers is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
+    _need(isinstance(workers, int) and 0 <= workers <= 256, f"environment {name!r}",
+          f"workers must be a number from 0 to 256, not {workers!r}")
+    return Workers(make, options, workers) if workers else make(**options)
 
 
 def env_options(text: str) -> dict:
@@ -1822,6 +2144,180 @@ def some(tasks: list[str], most: int) -> list[str]:
     """At most so many tasks (0 = all), the same ones each time, from everywhere in the list: lists often go type by type."""
     chosen = set(sorted(tasks, key=stable_seed)[:most or None])
     return [task for task in tasks if task in chosen]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker processes: an environment that is slow, keeps global state or may crash plays in processes of its own
+# ---------------------------------------------------------------------------------------------------------------------
+WORKER_FAILURES = 3                                                  # so many on one task, and it counts as unplayable
+
+
+class WorkerFailure(Exception):
+    """A worker died, hung, or answered what no environment answers."""
+
+
+def _serve(pipe, make, options: dict) -> None:
+    """A worker's life: it answers one request after another until the pipe closes. An error of the environment ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is for the parent, whose end closes the pipe
+    env, episodes = None, {}
+    while True:
+        try:
+            call, key, argument, dropped = pipe.recv()
+        except (EOFError, OSError):
+            return
+        for old in dropped:
+            episode = episodes.pop(old, None)
+            if hasattr(episode, "close"):
+                episode.close()
+        try:
+            env = env or make(**options)
+            if call == "start":
+                episodes[key], answer = env.start(argument)
+            else:
+                answer = episodes[key].step(argument) if call == "step" else env.expert(argument)
+            pipe.send((True, answer))
+        except InputError as error:
+            pipe.send((False, str(error)))
+
+
+def _sound(call: str, answer) -> bool:
+    """Whether an answer is of the kind that the protocol promises."""
+    if call != "step":
+        return isinstance(answer, str if call == "start" else (Trajectory, type(None)))
+    return isinstance(answer, tuple) and len(answer) == 4 and all(map(isinstance, answer, (str, (int, float), bool, dict))) \
+        and 0 <= answer[1] <= 1 and isinstance(answer[3].get("valid"), bool)
+
+
+class _Worker:
+    """A process and the pipe to it. Who asks holds the lock."""
+
+    def __init__(self, make, options: dict, timeout: float):
+        self.made, self.timeout, self.lock = (make, options), timeout, threading.Lock()
+        self.process, self.lives = None, 0                           # lives: processes that have ended
+        self.playing: set[int] = set()                               # keys of running episodes
+        self.dropped: list[int] = []                                 # and of those to close at the next request
+
+    def ask(self, call: str, key: int, argument: str):
+        """The answer to a request, from a new process if there is none. WorkerFailure: there is no sound one, the process is
+        ended. InputError: the environment's."""
+        try:
+            if self.process is None:
+                context = multiprocessing.get_context("forkserver")  # not fork: CUDA and threads of the parent do not survive it
+                context.set_forkserver_preload(["envs"])             # torch is imported once for all workers
+                self.pipe, theirs = context.Pipe()
+                self.process = context.Process(target=_serve, args=(theirs, *self.made), daemon=True)
+                self.process.start()
+                theirs.close()
+            dropped, self.dropped = self.dropped, []
+            self.pipe.send((call, key, argument, dropped))
+            if not self.pipe.poll(self.timeout):
+                raise WorkerFailure(f"no answer within {self.timeout:g} s")
+            understood, answer = self.pipe.recv()
+            if understood and not _sound(call, answer):
+                raise WorkerFailure(f"the answer to {call!r} was {answer!r:.200}")
+        except BaseException as error:                               # also Ctrl-C: an answer still to come would fit no request
+            self.end()
+            if isinstance(error, Exception) and not isinstance(error, WorkerFailure):
+                raise WorkerFailure("the process died") from None
+            raise
+        if not understood:
+            raise InputError(answer)
+        return answer
+
+    def end(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            self.lives += 1
+            self.pipe.close()
+            if process.pid is not None:                              # it had started
+                process.kill()
+                process.join()
+
+
+class WorkerEpisode:
+    """An episode in a worker. If its process fails, the recorded actions are played again in the next one, to the same answers.
+    info["restarts"] counts that. After WORKER_FAILURES failures the episode ends with info["unplayable"] = 1: not to be scored."""
+
+    def __init__(self, worker: _Worker, key: int, call: str, task_id: str):
+        self.worker, self.key, self.task_id = worker, key, task_id
+        self.history: list[tuple[str, str, object]] = []             # call, argument, answer
+        self.life, self.restarts, self.failures, self.reward = worker.lives, 0, 0, 0.0
+        self.first = self.request(call, task_id)                     # first observation, or the expert's trajectory
+
+    def request(self, call: str, argument: str):
+        """The answer, or None if the task has failed too often."""
+        while self.failures < WORKER_FAILURES:
+            try:
+                with self.worker.lock:
+                    if self.life != self.worker.lives:
+                        self.replay()
+                    answer = self.worker.ask(call, self.key, argument)
+                self.history.append((call, argument, answer))
+                return answer
+            except WorkerFailure as error:
+                self.failures += 1
+                print(f"{self.task_id}: failure {self.failures} of {WORKER_FAILURES} ({error})"
+                      + "; the task is not playable" * (self.failures == WORKER_FAILURES), file=sys.stderr)
+        return None
+
+    def replay(self) -> None:
+        self.life = self.worker.lives
+        self.restarts += bool(self.history)
+        for call, argument, answer in self.history:
+            if self.worker.ask(call, self.key, argument) != answer:
+                self.worker.end()
+                raise WorkerFailure("the same actions led elsewhere")
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        if self.key not in self.worker.playing:
+            return "The task is over.", self.reward, True, {"valid": False, "restarts": self.restarts}
+        answer = self.request("step", text) if self.failures < WORKER_FAILURES else None
+        if answer is None:
+            self.close()
+            return "The world has failed.", self.reward, True, {"valid": True, "restarts": self.restarts, "unplayable": 1}
+        observation, self.reward, done, info = answer
+        if done:
+            self.close()
+        return observation, self.reward, done, {**info, "restarts": self.restarts}
+
+    def close(self) -> None:
+        """Safe to repeat, and in a garbage collection: takes no lock, the worker hears of it with the next request."""
+        if hasattr(self, "key") and self.key in self.worker.playing:
+            self.worker.playing.discard(self.key)
+            self.worker.dropped.append(self.key)
+
+    __del__ = close
+
+
+class Workers:
+    """make(**options) in n processes, by the protocol of all environments: start, step and expert run there, each episode in the
+    process with the fewest, and everything else is asked of an instance in this process. timeout: seconds for one answer."""
+
+    def __init__(self, make, options: dict, n: int, timeout: float = 120.0):
+        self.env, self.keys, self.lock = make(**options), itertools.count(), threading.Lock()
+        self.workers = [_Worker(make, options, timeout) for _ in range(n)]
+        weakref.finalize(self, lambda workers: [worker.end() for worker in workers], self.workers)    # also at exit
+
+    def __getattr__(self, name: str):
+        if name == "env":                                            # its own constructor failed
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def start(self, task_id: str) -> tuple[WorkerEpisode, str]:
+        episode = self.begin("start", task_id)
+        return episode, episode.first or f"{task_id} cannot be played."
+
+    def begin(self, call: str, task_id: str) -> WorkerEpisode:
+        with self.lock:
+            worker, key = min(self.workers, key=lambda worker: len(worker.playing)), next(self.keys)
+            worker.playing.add(key)
+        return WorkerEpisode(worker, key, call, task_id)
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """As the environment's; None, after a message, also where the task failed too often."""
+        episode = self.begin("expert", task_id)
+        episode.close()
+        return episode.first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,26 +1,75 @@
-"""ScienceWorld itself: needs `pip install -r requirements-envs.txt` and Java, and is skipped without them."""
+"""ETO's lists; and ScienceWorld itself, which needs `pip install -r requirements-envs.txt` and Java, and is skipped without them."""
+import importlib.util
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scienceworld", reason="pip install -r requirements-envs.txt")
-if not shutil.which("java"):
-    pytest.skip("Java is missing", allow_module_level=True)
+from envs import SCIENCEWORLD_STEPS, ScienceWorld, make_env
+from rollout import InputError
 
-from envs import make_env  # noqa: E402
-from rollout import InputError  # noqa: E402
+simulator = pytest.mark.skipif(importlib.util.find_spec("scienceworld") is None or not shutil.which("java"),
+                               reason="pip install -r requirements-envs.txt, and install Java")
+needs_data = pytest.mark.skipif(not (Path(os.environ.get("STEPAGENT_DATA", "-")) / "scienceworld").is_dir(),
+                                reason="STEPAGENT_DATA names no folder with scienceworld/")
+LISTS = {"train": [["task-1-boil", 3], ["task-10-use-thermometer", 4], ["task-1-boil", 1]],
+         "dev": [["task-2a-test-conductivity", 7], ["task-6-lifespan-(longest-lived-then-shortest-lived)", 2]],
+         "test": [["task-9-mendellian-genetics-(known-plant)", 5], ["task-6-lifespan-(longest-lived)", 0]]}
 
+
+def write_lists(folder, **changed):
+    for part, rows in (LISTS | changed).items():
+        (folder / f"{part}_indices.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+
+
+# ---- ETO's lists, without the simulator
+
+def test_eto_s_lists_are_read_with_today_s_names(tmp_path):
+    write_lists(tmp_path)
+    assert ScienceWorld.eto(str(tmp_path)) == {
+        "train": {"boil": [3, 1], "use-thermometer": [4]}, "dev": {"test-conductivity": [7], "lifespan-longest-lived-then-shortest-lived": [2]},
+        "test": {"mendelian-genetics-known-plant": [5], "lifespan-longest-lived": [0]}}
+
+
+@pytest.mark.parametrize("rows", ["", "{", "{}", "[]", "[1]", '[["task-1-boil"]]', '[["task-1-boil", "1"]]', '[["task-1-boil", -1]]', '[["a", true]]'])
+def test_broken_lists_are_reported_with_their_file(tmp_path, rows):
+    write_lists(tmp_path, dev=rows)
+    with pytest.raises(InputError, match="dev_indices.json"):
+        ScienceWorld.eto(str(tmp_path))
+
+
+def test_absent_lists_are_reported_with_where_to_get_them(tmp_path):
+    with pytest.raises(InputError, match="train_indices.json: cannot be read .* ETO"):
+        ScienceWorld.eto(str(tmp_path))
+
+
+@needs_data
+def test_the_real_lists_and_step_limits_are_eto_s():
+    folder = Path(os.environ["STEPAGENT_DATA"]) / "scienceworld"
+    lists = ScienceWorld.eto(str(folder))
+    assert {part: sum(map(len, tasks.values())) for part, tasks in lists.items()} == {"train": 1483, "dev": 194, "test": 211}
+    ids = [{(name, x) for name, found in tasks.items() for x in found} for tasks in lists.values()]
+    assert not ids[0] & ids[2] and not ids[1] & ids[2] and len(ids[0] & ids[1]) == 54               # ETO's dev overlaps with its train
+    renamed = {ScienceWorld.today(name): steps for name, steps in json.loads((folder / "max_steps.json").read_text()).items()}
+    assert renamed == SCIENCEWORLD_STEPS and set(lists["train"]) == set(renamed)
+
+
+# ---- the simulator
 
 @pytest.fixture(scope="module")
 def world():
-    return make_env("scienceworld", tasks="lifespan-longest-lived,find-plant,power-component", variations=2)
+    return make_env("scienceworld", workers=0, tasks="lifespan-longest-lived,find-plant,power-component", variations=2)
 
 
+@simulator
 def test_splits_are_the_package_s_and_disjoint(world):
     assert {split: len(ids) for split, ids in world.splits.items()} == {"train": 6, "dev": 6, "test": 6}
     assert len(set(sum(world.splits.values(), []))) == 18
 
 
+@simulator
 def test_the_gold_path_earns_full_reward(world):
     for task in world.splits["train"][::2] + world.splits["test"][::2]:
         expert = world.expert(task)
@@ -28,6 +77,7 @@ def test_the_gold_path_earns_full_reward(world):
         assert all(s.action.startswith("Thought: ") and "\nAction: " in s.action for s in expert.steps)
 
 
+@simulator
 def test_episodes_are_deterministic_and_side_by_side(world):
     task = world.splits["dev"][0]
     actions = [s.action for s in world.expert(task).steps]
@@ -38,6 +88,7 @@ def test_episodes_are_deterministic_and_side_by_side(world):
     one.close(), two.close()
 
 
+@simulator
 def test_the_reward_is_the_best_score_and_a_wrong_focus_ends_the_episode(world):
     episode, _ = world.start("find-plant/0")
     before = episode.step("Action: look around")
@@ -46,6 +97,7 @@ def test_the_reward_is_the_best_score_and_a_wrong_focus_ends_the_episode(world):
     assert done and reward == before[1] >= 0
 
 
+@simulator
 def test_an_invalid_action_is_said_to_be_and_costs_nothing(world):
     episode, _ = world.start("find-plant/0")
     for text in ("Action: sing a song", "I do not know"):
@@ -54,7 +106,36 @@ def test_an_invalid_action_is_said_to_be_and_costs_nothing(world):
     episode.close()
 
 
-@pytest.mark.parametrize("options", [{"tasks": "cook"}, {"variations": 0}, {"simplification": "simple"}])
+@simulator
+@pytest.mark.parametrize("options", [{"tasks": "cook"}, {"variations": 0}, {"simplification": "simple"}, {"split": "ours"}])
 def test_bad_options_are_refused(options):
     with pytest.raises(InputError):
         make_env("scienceworld", **options)
+
+
+@simulator
+def test_eto_s_split_keeps_its_tasks_and_refuses_what_the_package_lacks(tmp_path):
+    write_lists(tmp_path)
+    env = make_env("scienceworld", workers=0, split="eto", data=str(tmp_path))
+    assert set(env.splits["train"]) == {"boil/3", "boil/1", "use-thermometer/4"}
+    assert set(env.splits["test"]) == {"mendelian-genetics-known-plant/5", "lifespan-longest-lived/0"}
+    for changed in [["task-1-boil", 10 ** 6]], [["task-1-cook", 0]]:
+        write_lists(tmp_path, train=changed)
+        with pytest.raises(InputError, match="no variation|cook"):
+            make_env("scienceworld", workers=0, split="eto", data=str(tmp_path))
+
+
+@simulator
+def test_a_killed_simulator_is_started_anew_and_its_episode_replayed():
+    env = make_env("scienceworld", workers=1, tasks="lifespan-longest-lived", variations=1)
+    task = env.splits["train"][0]
+    actions = [step.action for step in env.env.expert(task).steps]
+    here, _ = env.env.start(task)
+    undisturbed = [here.step(action)[:3] for action in actions]
+    episode, _ = env.start(task)
+    steps = [episode.step(actions[0])]
+    children = Path(f"/proc/{env.workers[0].process.pid}/task/{env.workers[0].process.pid}/children").read_text().split()
+    os.kill(int(children[0]), 9)                                     # the Java process itself
+    steps += [episode.step(action) for action in actions[1:]]
+    assert [step[:3] for step in steps] == undisturbed and steps[-1][3]["restarts"] == 1
+    env.workers[0].end()
