@@ -53,7 +53,7 @@ def explore(learner, i: int) -> None:
     heat = c.explore_temperature if learns_from_successes or c.method == "eto" else c.temperature
     samples = c.samples or (4 if learns_from_successes else 1)
     episodes = [t for n in range(samples) for t in learner.play(tasks, f"iteration {i}: episodes {n + 1} of {samples}", learner.prompt, heat,
-                                                               stable_seed(c.seed, "explore", i, n))]
+                                                               stable_seed(c.seed, "explore", i, n)) if not t.info.get("unplayable")]
     learner.write_episodes(f"iter_{i}/episodes.jsonl", episodes, ids=True)
     reward = [t.reward for t in episodes]
     run.log("explore", i, 0, episodes=len(episodes), success=sum(r >= 1 for r in reward) / len(reward), reward=sum(reward) / len(reward),

@@ -697,14 +697,19 @@ def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:
 
 
 def episode_figures(episodes: list[Trajectory], env) -> dict:
-    """success = reward >= 1; invalid: share of all actions; steps: mean turns."""
-    success, reward = [float(t.reward >= 1) for t in episodes], [t.reward for t in episodes]
+    """success = reward >= 1; invalid: share of all actions; steps: mean turns. Episodes whose world failed (info["unplayable"]) are
+    counted, not scored."""
+    played = [t for t in episodes if not t.info.get("unplayable")]
+    if not played:
+        raise InputError(f"the world failed in all of {len(episodes)} episodes; see the messages above")
+    success, reward = [float(t.reward >= 1) for t in played], [t.reward for t in played]
     by_type = defaultdict(list)
-    for t, won in zip(episodes, success):
+    for t, won in zip(played, success):
         by_type[env.task_type(t.task_id)].append(won)
-    turns = max(1, sum(len(t.steps) for t in episodes))
+    turns = max(1, sum(len(t.steps) for t in played))
     return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
-            "reward_interval": bootstrap(reward), "tasks": len(episodes), "steps": turns / len(episodes),
-            "invalid": sum(t.info["invalid"] for t in episodes) / turns, "truncated": sum(t.truncated for t in episodes),
-            "outgrown": sum(t.info.get("outgrown", 0) for t in episodes),
+            "reward_interval": bootstrap(reward), "tasks": len(played), "steps": turns / len(played),
+            "invalid": sum(t.info["invalid"] for t in played) / turns, "truncated": sum(t.truncated for t in played),
+            "outgrown": sum(t.info.get("outgrown", 0) for t in played), "unplayable": len(episodes) - len(played),
+            "restarts": sum(t.info.get("restarts", 0) for t in episodes),
             "by_type": {name: [float(np.mean(x)), len(x)] for name, x in sorted(by_type.items())}}

@@ -269,7 +269,12 @@ def test_episode_figures_by_hand():
     figures = episode_figures(made, env)
     assert (figures["success"], figures["reward"], figures["steps"]) == pytest.approx((1 / 3, 0.5, 10 / 3))
     assert (figures["invalid"], figures["truncated"], figures["outgrown"], figures["tasks"]) == (0.3, 2, 1, 3)
-    assert figures["by_type"] == {"a": [0.5, 2], "b": [0.0, 1]}
+    assert figures["by_type"] == {"a": [0.5, 2], "b": [0.0, 1]} and figures["unplayable"] == 0
+    failed = Trajectory("b2", [], [Step("", "")], 0.0, False, {"invalid": 0, "unplayable": 1, "restarts": 2})
+    with_failed = episode_figures([*made, failed], env)
+    assert with_failed == figures | {"unplayable": 1, "restarts": 2}     # counted, not scored
+    with pytest.raises(InputError, match="failed in all of 1"):
+        episode_figures([failed], env)
 
 
 # ---- discriminator
