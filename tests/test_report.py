@@ -1,4 +1,4 @@
-"""experiments/report.py on a small run directory made by hand: what the page holds, that no text of a world becomes markup, error lines."""
+"""experiments/report.py on a small run directory made by hand: what the page holds, that text stays text, error lines."""
 import base64
 import hashlib
 import json
@@ -18,8 +18,9 @@ def dump(*rows) -> str:
 
 
 def practice_row(task="train-2310", step=0, **more) -> dict:
-    return {"task": task, "task_type": "boil", "step": step, "observation": HOSTILE, "expert": "Thought: a\nAction: go to safe 1", "expert_logp": -1.5,
-            "practice": ["Thought: a\nAction: go to safe 1", "Action: fly"], "practice_logp": [-1.5, -9.25], "differs": [False, True]} | more
+    return {"task": task, "task_type": "boil", "step": step, "observation": HOSTILE,
+            "expert": "Thought: a\nAction: go to safe 1", "expert_logp": -1.5, "practice": ["Thought: a\nAction: go to safe 1", "Action: fly"],
+            "practice_logp": [-1.5, -9.25], "differs": [False, True]} | more
 
 
 def episode_row(*replies, invalid=0, **more) -> dict:
@@ -78,7 +79,8 @@ def test_the_page_holds_practice_episodes_and_figures(run, monkeypatch):
     assert len(text) == len(set(text))
     assert [p["iteration"] for p in data["practice"]] == [1, 2, 10]
     task, kind, step, observation, expert, logp, practice, logps, differs, log_d, log_ds = data["practice"][0]["rows"][1]
-    assert (task, kind, step, logp, logps, differs, log_d, log_ds) == ("train-2310", "boil", 1, -1.5, [-1.5, -9.25], [False, True], -0.5, [-0.5, -4.0])
+    assert (task, kind, step, logp, logps, differs) == ("train-2310", "boil", 1, -1.5, [-1.5, -9.25], [False, True])
+    assert (log_d, log_ds) == (-0.5, [-0.5, -4.0])
     assert text[observation] == HOSTILE and text[expert] == text[practice[0]] and text[practice[1]] == "Action: fly"
     assert data["practice"][0]["rows"][0][9:] == [None, None]
     assert [e["name"] for e in data["episodes"]] == ["iteration 1, own episodes", "final test"]
@@ -160,7 +162,7 @@ def test_the_policy_allows_this_script_alone_and_no_connection(run, monkeypatch)
     ("iter_1/practice.jsonl", dump(practice_row()) + '{"task": "tr', r"iter_1/practice\.jsonl, line 2: "),
     ("iter_1/practice.jsonl", dump(practice_row(practice=["one"])), r"iter_1/practice\.jsonl, line 1: .*not of one length"),
     ("iter_1/practice.jsonl", dump(practice_row(observation=3)), r"iter_1/practice\.jsonl, line 1: .*3 is not a text"),
-    ("iter_1/practice.jsonl", dump(practice_row(task="train-x", task_type=None)), r"iter_1/practice\.jsonl, line 1: .*there is no task 'train-x'"),
+    ("iter_1/practice.jsonl", dump(practice_row(task="train-x", task_type=None)), r"practice\.jsonl, line 1: .*there is no task 'train-x'"),
     ("eval/final_test.jsonl", dump(episode_row("a"), [1]), r"eval/final_test\.jsonl, line 2: "),
     ("eval/final_test.jsonl", dump({k: x for k, x in episode_row("a").items() if k != "invalid"}), r"line 1: .*no 'invalid'")])
 def test_what_cannot_be_shown_is_one_line_that_names_the_file(run, monkeypatch, name, text, error):
