@@ -63,7 +63,7 @@ def explore(learner, i: int) -> None:
 
 def load_episodes(learner, i: int) -> list[Trajectory]:
     """Those of iteration i, with the ids that the policy sampled."""
-    rows = map(json.loads, read_text(learner.run.path(f"iter_{i}/episodes.jsonl")).splitlines())
+    rows = map(json.loads, read_text(learner.run.path(f"iter_{i}/episodes.jsonl")).split("\n")[:-1])     # splitlines() cuts at U+2028, too
     return [Trajectory(r["task_id"], learner.prompt, [Step(s["observation"], s["action"], s["ids"]) for s in r["steps"]], r["reward"],
                        r["truncated"], last=r["last"]) for r in rows if r["steps"]]
 

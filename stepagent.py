@@ -310,9 +310,10 @@ class Learner:
         """iter_<i>/practice.jsonl: one expert step a line, for people to read."""
         p, k, lines = self.load_practice(i), self.run.config.practice, []
         for j in self.practised:
+            kind = "" if self.run.config.expert else self.env.task_type(self.experts[j].task_id)      # a file's ids may be its own
             for s, step in enumerate(self.experts[j].steps):
                 n = self.first_step[j] + s
-                row = {"task": self.experts[j].task_id, "step": s, "observation": step.observation, "expert": step.action,
+                row = {"task": self.experts[j].task_id, "task_type": kind, "step": s, "observation": step.observation, "expert": step.action,
                        "expert_logp": round(p.ref_trunk[n].item(), 4),
                        "practice": [self._text(ids) for ids in p.leaves[n * k:(n + 1) * k]],
                        "practice_logp": [round(x, 4) for x in p.ref_leaves[n * k:(n + 1) * k].tolist()],

@@ -16,7 +16,7 @@ import numpy as np
 def rows(path: Path) -> list[dict]:
     if not path.exists():
         sys.exit(f"error: {path} is missing; let the run finish first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def rewards(runs: dict[str, list[str]], split: str, name: str = "final") -> dict[str, np.ndarray]:

@@ -33,13 +33,13 @@ def main() -> None:
     path = args.run / f"iter_{args.iteration}/practice.jsonl"
     if not path.exists():
         sys.exit(f"error: {path} is missing; give the directory of a run that practised")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     found = Counter(difference(r["expert"], p) for r in rows for p, differs in zip(r["practice"], r["differs"]) if differs)
     print(f"{sum(found.values())} of {sum(len(r['practice']) for r in rows)} practice actions differ: {shares(found)}")
 
     first, failed, invalid, turns = Counter(), 0, 0, 0
     for file in sorted(args.run.glob("eval/final_*.jsonl")):
-        for episode in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        for episode in map(json.loads, file.read_text(encoding="utf-8").split("\n")[:-1]):
             steps, invalid, turns = episode["steps"], invalid + episode["invalid"], turns + len(episode["steps"])
             if episode["reward"] < 1:
                 failed += 1

@@ -50,8 +50,8 @@ METHODS = {
     "StepAgent-Implicit": ["--method", "stepagent-implicit"],
     "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
 }
-RATES = {"SFT+": "5e-4", "PPO": "5e-5", "DPO": "5e-5", "SPIN": "5e-5", "ETO": "5e-5", "StepAgent-Implicit": "5e-5",
-         "StepAgent-Inverse": "5e-5", "RFT": None, "NAT": None}           # the best of `tune`
+RATES = {"SFT+": "5e-4", "PPO": "1.5e-4", "DPO": "1.5e-5", "SPIN": "1.5e-5", "ETO": "1.5e-5", "StepAgent-Implicit": "1.5e-4",
+         "StepAgent-Inverse": "5e-5", "RFT": None, "NAT": None}           # the best that `tune` found
 PAPER = {"base": 0.0, "SFT": 68.5, "PPO": 69.1, "DPO": 70.6, "RFT": 69.8, "SPIN": 71.4, "NAT": 69.3, "ETO": 72.8,
          "StepAgent-Implicit": 74.2, "StepAgent-Inverse": 74.9}           # Table 2, Mistral-7B, ALFWorld: the household's nearest relative
 BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
@@ -60,14 +60,15 @@ BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
 class Cells:
     """Runs of stepagent.py, `jobs` at once with one thread each; a run waits for those that it needs."""
 
-    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household"):
-        self.out, self.pool, self.model = out, ThreadPoolExecutor(jobs), model
+    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household", run: bool = True):
+        self.out, self.jobs, self.model, self.run = out, jobs, model, run
+        self.pool = ThreadPoolExecutor(jobs)
         self.begun: dict[str, Future] = {}
 
     def add(self, name: str, *options: str, needs: tuple[str, ...] = ()) -> str:
         """-> the run's directory."""
         waits = [self.begun[n] for n in needs if n in self.begun]
-        if name not in self.begun:
+        if name not in self.begun and self.run:
             self.begun[name] = self.pool.submit(self._run, self.out / name, options, waits)
         return str(self.out / name)
 
@@ -86,6 +87,10 @@ class Cells:
     def wait(self) -> None:
         for run in self.begun.values():
             run.result()                             # raises what the run raised
+
+    def finished(self, runs: dict) -> dict:
+        """Those whose every seed is finished: with --report others may not be."""
+        return {key: paths for key, paths in runs.items() if all(Path(p, "report.md").exists() for p in paths)}
 
     def sft(self, seed: int, splits: str, passes: int = START) -> tuple[str, list[str]]:
         """-> name and options of the start that all methods of a seed share."""
@@ -113,20 +118,22 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
             for label in METHODS if RATES[label] for rate in rates}
     cells.wait()
     success = lambda run: np.concatenate([(rewards({"": [run]}, s)[""] >= 1).astype(float) for s in DEV.split(",")], 1)
+    done = cells.finished({run: [run] for run in [*sft.values(), *grid.values()]})
     base, figures = success(sft[START]), {"sft": {}, "grid": {}}
     lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
              "| SFT passes | updates | success |", "|---|---|---|"]
-    for n in PASSES:
+    for n in (n for n in PASSES if sft[n] in done):
         x, updates = success(sft[n]), sum("grad_norm" in r for r in rows(Path(sft[n], "metrics.jsonl")))
         figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
         lines.append(f"| {n} | {updates} | {cell(x)} |")
     lines += ["", f"| from SFT of {START} passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
               "|---" * (len(rates) + 1) + "|"]
     for label in dict.fromkeys(label for label, _ in grid):
-        gaps = [success(grid[label, rate]) - base for rate in rates]
-        figures["grid"][label] = {rate: [float(x.mean()), *interval(x)] for rate, x in zip(rates, gaps)}
-        best = max(range(len(rates)), key=lambda j: gaps[j].mean())
-        lines.append(f"| {label} | " + " | ".join(f"**{cell(x, True)}**" if j == best else cell(x, True) for j, x in enumerate(gaps)) + " |")
+        gaps = {rate: success(grid[label, rate]) - base for rate in rates if grid[label, rate] in done}
+        figures["grid"][label] = {rate: [float(x.mean()), *interval(x)] for rate, x in gaps.items()}
+        best = max(gaps, key=lambda rate: gaps[rate].mean(), default=None)
+        lines.append(f"| {label} | " + " | ".join("not run" if rate not in gaps else f"**{cell(gaps[rate], True)}**" if rate == best else
+                                                  cell(gaps[rate], True) for rate in rates) + " |")
     write("tune", lines, figures)
     updates, low, mean, high = zip(*((s["updates"], s["interval"][0], s["success"], s["interval"][1]) for s in figures["sft"].values()))
     with plot("sft_converges", "SFT updates (a schedule of its own each)", "success on 500 dev tasks, %") as axes:
@@ -138,14 +145,15 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
 # ----------------------------------------------------------------------------------------------------------------- on test
 
 def table2(cells: Cells, seeds: list[int]) -> None:
-    runs = {"base": [cells.add("test/base", "--method", "base", "--eval-each", "", "--eval-splits", TEST)] * 0,
-            "SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]}
+    base = cells.add("test/base", "--method", "base", "--eval-each", "", "--eval-splits", TEST)
+    runs = {"SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]}
     runs |= {label: [cells.method(label, s, TEST) for s in seeds] for label in METHODS}
     cells.wait()
-    runs.pop("base")
+    runs = cells.finished(runs)
     lines, figures = table(runs, "SFT+", TEST.split(","), PAPER, BASELINES)
-    base = [rewards({"": [cells.add("test/base")]}, s)[""] >= 1 for s in TEST.split(",")]
-    lines.insert(4, f"| base | {PAPER['base']} | " + " | ".join(f"{100 * x.mean():.1f}" for x in base) + " |" + " |" * 7)
+    if cells.finished({"base": [base]}):
+        zero = [rewards({"": [base]}, s)[""] >= 1 for s in TEST.split(",")]
+        lines.insert(4, f"| base | {PAPER['base']} | " + " | ".join(f"{100 * x.mean():.1f}" for x in zero) + " |" + " |" * 7)
     write("table2", lines, figures)
 
 
@@ -155,6 +163,7 @@ def table3(cells: Cells, seeds: list[int]) -> None:
     runs |= {f"{label}, {kind}": [cells.method("PPO", s, TEST) if kind == "final" else
                                   cells.method(label, s, TEST, "--reward", kind, tag=f"_{kind}") for s in seeds] for kind in ("final", "both")}
     cells.wait()
+    runs = cells.finished(runs)
     paper = {f"{label}, {kind}": x for kind, x in (("step", 76.1), ("final", 73.4), ("both", 76.2))}      # Llama-3-8B, ALFWorld
     write("table3", *table(runs, "SFT+", TEST.split(","), paper))
 
@@ -205,7 +214,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
 
 
 def sizes(cells: Cells, seeds: list[int]) -> None:
-    small = Cells(cells.out / "small", cells.pool._max_workers, "models/tiny-household-small")
+    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run)
     labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
     runs = {}
     for size, of in (("0.25M", small), ("0.85M", cells)):
@@ -311,8 +320,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                         help="runs at once, one thread each (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the runs live (default: runs/reproduce)")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3)")
     args = parser.parse_args()
-    cells = Cells((ROOT / args.out).resolve(), args.jobs)
+    cells = Cells((ROOT / args.out).resolve(), args.jobs, run=not args.report)
     for name in PARTS if args.what == "all" else [args.what]:
         PARTS[name](cells, args.seeds)
 
