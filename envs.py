@@ -2293,7 +2293,7 @@ class Workers:
     """make(**options) in n processes, by the protocol of all environments: start, step and expert run there, each episode in the
     process with the fewest, and everything else is asked of an instance in this process. timeout: seconds for one answer."""
 
-    def __init__(self, make, options: dict, n: int, timeout: float = 120.0):
+    def __init__(self, make, options: dict, n: int, timeout: float = 300.0):
         self.env, self.keys, self.lock = make(**options), itertools.count(), threading.Lock()
         self.workers = [_Worker(make, options, timeout) for _ in range(n)]
         weakref.finalize(self, lambda workers: [worker.end() for worker in workers], self.workers)    # also at exit
