@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,8 +49,6 @@ from rollout import Encoded, practice, prompt_ids, run_episodes, score, state_id
 VOCAB, STOP, SPECIAL, LR, BETA = 8192, 0, ["<|end|>", "<|user|>", "<|assistant|>"], 5e-7, 0.1
 MODEL = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
              max_position_embeddings=32768)
-MODEL_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                  num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)          # SmolLM2-135M's shape
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ def part_dpo(o) -> list[dict]:
         fewer = [pair for pair in leaves if pair[0] % k == 0]                          # enough to choose a batch size by
         size = best(f"TRL, pairs a pass, K={k}", [1] if o.quick else [1, 2] if k == 1 else [1, 3],
                     lambda b: time_trl(weights, encoded, fewer, b))
-        ours, peer = time_ours(weights, encoded, leaves, o.repetitions), time_trl(weights, encoded, leaves, size, o.repetitions)
+        ours, peer = time_ours(weights, encoded, leaves, 3 * o.repetitions), time_trl(weights, encoded, leaves, size, o.repetitions)
         if k == 1:
             shipped = time_trl(weights, encoded, leaves, 1, o.repetitions, compact=False)
         name, setting = f"step-DPO update vs TRL DPOTrainer, K={k}", f"{size} pair{'s' * (size > 1)} a pass"
@@ -323,7 +321,7 @@ def part_inspect(o) -> list[dict]:
         encoded, _ = make_data(o.shape, k)
         states = [encoded.ids[:start] for start, _ in encoded.spans]
         inspect(tree, encoded, k, new)
-        ours = timed(lambda: inspect(tree, encoded, k, new), 2 * o.repetitions, tree)
+        ours = timed(lambda: inspect(tree, encoded, k, new), 3 * o.repetitions, tree)
         for group, goal, name in ((len(states), padded, "left-padded generate"), (2, None, "left-padded generate, smallest batch"),
                                   (1, each, "generate per state")):                    # sizes between fall between
             peer = timed(lambda: generate(model, states, k, new, group), o.repetitions, model)
@@ -402,7 +400,7 @@ def part_episodes(o) -> list[dict]:
     tree, last = copy.deepcopy(model), {}
     play = lambda: last.update(ours=run_episodes(tree, tokenizer, world, tasks, max_new_tokens=o.shape.action))
     play()
-    ours = timed(play, o.repetitions, tree)
+    ours = timed(play, 3 * o.repetitions, tree)
     for name, group, keep, goal in (("re-encoding the history each turn", len(tasks), False, 5),
                                     ("re-encoding the history each turn", 1, False, 5), ("generate with its own cache per turn", 1, True, 2)):
         peer = timed(lambda: last.update(peer=replay(model, tokenizer, world, tasks, group, keep)), o.repetitions, model)
@@ -487,113 +485,20 @@ def part_shapes(o) -> list[dict]:
     for name, shape in [("small", SMALL)] if o.quick else BENCHMARKS.items():
         encoded, leaves = make_data(shape, k)
         states, third = [encoded.ids[:start] for start, _ in encoded.spans], k if batch == 1 else 1
-        update = row(f"{name}: update vs TRL", time_ours(weights, encoded, leaves, o.repetitions), scaled(
+        update = row(f"{name}: update vs TRL", time_ours(weights, encoded, leaves, 3 * o.repetitions), scaled(
             time_trl(weights, encoded, leaves[::third], batch, o.repetitions), third), f"{batch} pairs a pass, patched")
         inspect(tree, encoded, k, shape.action)
-        ours = timed(lambda: inspect(tree, encoded, k, shape.action), o.repetitions, tree)
+        ours = timed(lambda: inspect(tree, encoded, k, shape.action), 3 * o.repetitions, tree)
         peer = timed(lambda: generate(weights, states, k, shape.action, 1), o.repetitions, weights)
         rows.append({"name": name, "shape": vars(shape), "update": update,
                      "inspect": row(f"{name}: inspection", ours, peer, "generate per state")})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- shares of the machine
-
-def matmul_peak(config, dtype: torch.dtype, tokens: int) -> float:
-    """Best FLOP/s of a matrix product of this type at the sizes of the model's linear layers."""
-    d, wide, rates = config.hidden_size, config.intermediate_size, []
-    for m, n in ((d, d), (d, wide), (wide, d), (d, config.vocab_size)):
-        a, b = torch.randn(tokens, m).to(dtype), torch.randn(n, m).to(dtype)
-        rates.append(2 * tokens * m * n / min(timed(lambda: torch.nn.functional.linear(a, b), 1)["cpu"] for _ in range(5)))
-    return max(rates)
-
-
-def copy_rate() -> float:
-    """Bytes/s of a stream copy of 256 MiB, read plus written."""
-    a, b = torch.ones(64 << 20), torch.zeros(64 << 20)
-    return 2 * 4 * a.numel() / min(timed(lambda: b.copy_(a), 1)["cpu"] for _ in range(5))
-
-
-def work_of(config, encoded: Encoded, leaves: list, new: int, width: int) -> tuple[float, float, float]:
-    """FLOPs of a training pass (3 x forward; attention: visible (query, key) pairs alone), FLOPs of decoding one token for every leaf,
-    and the bytes that this reads: weights, the trunk's keys and values once, each leaf's own half-written ones."""
-    d, kv, layers = config.hidden_size, config.num_key_value_heads / config.num_attention_heads, config.num_hidden_layers
-    matrices, head = layers * (2 * d * d * (1 + kv) + 3 * d * config.intermediate_size), d * config.vocab_size
-    n, starts, m = len(encoded.ids), [encoded.spans[step][0] for step, _ in leaves], len(leaves)
-    tokens, scored = n + m * new, (len(encoded.spans) + m) * new
-    seen = n * (n + 1) / 2 + sum(new * s + new * (new + 1) / 2 for s in starts)
-    training = 3 * (2 * matrices * tokens + 2 * head * scored + 4 * layers * d * seen)
-    decoding = 2 * m * (matrices + head) + 4 * layers * d * sum(s + new / 2 for s in starts)
-    return training, decoding, width * (matrices + head + 2 * layers * d * kv * (encoded.spans[-1][0] + m * new / 2))
-
-
-def shares(model, shape: Shape, k: int, dtype: torch.dtype, peak: float, stream: float, repetitions: int) -> dict:
-    """Training (reference known; forward, backward, AdamW) as a share of matrix product, decoding as a share of stream copy and of
-    whichever of the two limits is nearer."""
-    encoded, leaves = make_data(shape, k, model.config.vocab_size)
-    optimizer, stamps = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0), []
-    def autocast(work):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return work()
-    with torch.no_grad():
-        known = autocast(lambda: score(model, [encoded], [leaves]))
-    train = timed(lambda: autocast(lambda: our_update(model, encoded, leaves, optimizer, known)), repetitions)["cpu"]
-    hook = model.model.register_forward_hook(lambda *_: stamps.append(time.process_time()))
-    autocast(lambda: inspect(model, encoded, k, shape.action))
-    hook.remove()
-    token = statistics.median(b - a for a, b in zip(stamps[1:], stamps[2:]))           # without the prefill and the first, cold token
-    training, decoding, moved = work_of(model.config, encoded, leaves, shape.action, dtype.itemsize)
-    made = {"dtype": str(dtype)[6:], "shape": vars(shape), "k": k, "train_s": train, "token_s": token, "gflops": training / train / 1e9,
-            "gbytes": moved / token / 1e9, "peak_gflops": peak / 1e9, "stream_gbytes": stream / 1e9, "train_share": training / train / peak,
-            "decode_share": moved / token / stream, "decode_roof": max(moved / stream, decoding / peak) / token}
-    say(f"  {made['dtype']}, trunk {shape.trunk}, {shape.turns} steps, K={k}: training {made['train_share']:.0%} of {peak / 1e9:.0f} "
-        f"GFLOP/s, decoding {made['decode_share']:.0%} of {stream / 1e9:.1f} GB/s, {made['decode_roof']:.0%} of the nearer limit")
-    return made
-
-
-def part_limits(o) -> list[dict]:
-    model, stream = make_model(MODEL if o.quick else MODEL_135M), copy_rate()
-    shape = SMALL if o.quick else Shape(1000, 400, 6, 40)
-    return [shares(model, shape, 3, dtype, matmul_peak(model.config, dtype, shape.trunk), stream, o.repetitions)
-            for dtype in (torch.float32, torch.bfloat16)]
-
-
-def part_sweep(o) -> list[dict]:
-    """Reference model, float32: trunk length, steps and K, one at a time."""
-    model, stream, rows = make_model(), copy_rate(), []
-    peak = matmul_peak(model.config, torch.float32, 3000)
-    grid = [("trunk", n, replace(REFERENCE, trunk=n, first=n // 3, turns=8), 3) for n in (1000, 2000, 4000, 8000, 16000)]
-    grid += [("steps", n, replace(REFERENCE, first=256, turns=n), 3) for n in (2, 4, 8, 16, 32, 64)]
-    grid += [("K", n, REFERENCE, n) for n in (1, 2, 4, 8)]
-    for name, at, shape, k in grid[::5] if o.quick else grid:
-        times = o.repetitions if shape.trunk < 8000 else 1                             # these take long enough to be steady
-        rows.append({"sweep": name, "at": at} | shares(model, shape, k, torch.float32, peak, stream, times))
-    return rows
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
-    labels = {"trunk": "trunk, tokens (8 steps, K = 3)", "steps": "steps (trunk 3000, K = 3)", "K": "K (trunk 3000, 14 steps)"}
-    for axis, (name, label) in zip(axes, labels.items()):
-        mine = [r for r in rows if r["sweep"] == name]
-        for key, text in (("train_share", "training / matrix product"), ("decode_share", "decoding / stream copy"),
-                          ("decode_roof", "decoding / nearer limit")):
-            axis.plot([r["at"] for r in mine], [100 * r[key] for r in mine], marker="o", label=text)
-        axis.set(xscale="log", xlabel=label, xticks=[r["at"] for r in mine], xticklabels=[str(r["at"]) for r in mine], ylim=(0, None))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("% of the machine's limit")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path)
-
-
 # --------------------------------------------------------------------------------------------------------------------------- report
 
 PARTS = {"dpo": part_dpo, "inspect": part_inspect, "episodes": part_episodes, "memory": part_memory, "exact": part_exact,
-         "shapes": part_shapes, "limits": part_limits, "sweep": part_sweep}
+         "shapes": part_shapes}
 
 
 def derived(parts: dict) -> list[dict]:
@@ -622,7 +527,8 @@ def report(data: dict) -> str:
     parts, m = data["parts"], data["machine"]
     goal = lambda r: "" if not r["goal"] else r["goal"] if isinstance(r["goal"], str) else f">= {r['goal']}"
     lines = ["Small shapes, one repetition: a test of this script, not a result.", ""] if data["quick"] else []
-    lines += [f"{m['cpu']}, one thread; torch {m['torch']}, transformers {m['transformers']}, trl {m['trl']}. Seconds are medians of CPU time. "
+    lines += [f"{m['cpu']}, one thread; torch {m['torch']}, transformers {m['transformers']}, trl {m['trl']}. Seconds are CPU time: ours the "
+             f"median of 3 or more, a peer's of {', '.join(f'{n} ({part})' for part, n in data['repetitions'].items())}. "
              "Reference shape: trunk 3000, 14 steps, first state at 1000, 40-token actions; Llama of 2 layers, width 256, 8 heads, 2 KV heads, "
              "vocabulary 8192, float32, random weights. Off CUDA, TRL as shipped runs its output head at every position; patched, at scored "
              "ones only, as on CUDA."]
@@ -644,12 +550,6 @@ def report(data: dict) -> str:
         [r["name"], *(r["shape"][key] for key in ("turns", "trunk", "first", "action"))] +
         [x for one in (r["update"], r["inspect"]) for x in (f"{one['cpu']:.1f}x (wall {one['wall']:.1f}x)", f"{one['tokens']:.1f}")]
         for r in parts.get("shapes", [])])
-    for name, title in (("limits", "Llama of 135M"), ("sweep", "reference model")):
-        lines += table(f"share of the limit, {title} | K | training, GFLOP/s | of matrix product | decoding, ms a token of all rows | GB/s "
-                       "| of stream copy | of the nearer limit", [
-            [f"{r['dtype']}, trunk {r['shape']['trunk']}, {r['shape']['turns']} steps", r["k"], f"{r['gflops']:.1f}",
-             f"{r['train_share']:.0%}", f"{1e3 * r['token_s']:.1f}", f"{r['gbytes']:.2f}", f"{r['decode_share']:.0%}",
-             f"{r['decode_roof']:.0%}"] for r in parts.get(name, [])])
     return "\n".join(lines) + "\n"
 
 
@@ -672,9 +572,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help=f"parts to run: {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="small shapes, one repetition")
-    parser.add_argument("--repetitions", type=int, default=3, help="of every timing (default: 3)")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write tables and plot from bench.json again")
-    parser.add_argument("--out", help="folder of bench.json, bench.md and bench.svg (default: experiments/results)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of a peer's timing; ours are three times as many (default: 3)")
+    parser.add_argument("--out", help="folder of bench.json and bench.md (default: experiments/results)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     o = parser.parse_args()
     torch.set_num_threads(1)
@@ -687,21 +586,17 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "bench.json"
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}, "minutes": {}}
-    if o.report and not data["parts"]:
-        sys.exit(f"error: {file} holds no results; run without --report first")
     if o.repetitions < 1:
         sys.exit(f"error: --repetitions is {o.repetitions}; give at least 1")
     o.shape, o.repetitions, o.parts = (SMALL, 1, data["parts"]) if o.quick else (REFERENCE, o.repetitions, data["parts"])
-    if not o.report:
-        data |= {"machine": machine(), "quick": o.quick}
-    for part in [] if o.report else o.only:
+    data |= {"machine": machine(), "quick": o.quick}
+    for part in o.only:
         say(part)
         started = time.perf_counter()
         data["parts"][part] = PARTS[part](o)
+        data["repetitions"] = data.get("repetitions", {}) | {part: o.repetitions}
         data["minutes"][part] = round((time.perf_counter() - started) / 60, 2)
         write(file, json.dumps(data, indent=1) + "\n")                                 # part by part: nothing measured is lost
-    if data["parts"].get("sweep"):
-        plot(data["parts"]["sweep"], out / "bench.svg")
     write(out / "bench.md", report(data))
     print("\n" + report(data))
 

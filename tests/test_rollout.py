@@ -101,6 +101,43 @@ def test_score_without_leaves():
     assert close(s.trunk, naive.sums(copy.deepcopy(tiny.model()), naive.expert_pairs(encoded)))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_actions_without_an_observation_between_them(family):
+    """The last token of one action is the state of the next: wanted once, and its gradient counts once."""
+    model, gen = tiny.model(family), torch.Generator().manual_seed(2)
+    ordinary = copy.deepcopy(model)
+    encoded, leaves = [Encoded(tokens(20, gen), [(4, 7), (7, 13), (13, 20)])], [[(1, tokens(3, gen)), (2, tokens(5, gen))]]
+    s = score(model, encoded, leaves)
+    assert close(s.trunk, naive.sums(ordinary, naive.expert_pairs(encoded)))
+    assert torch.equal(s.state_hidden[1:], s.trunk_hidden[:-1])
+    assert same_gradients(gradients(model, of_scores(s)), gradients(ordinary, of_naive(ordinary, encoded, leaves)))
+
+
+def test_only_wanted_tokens_pass_the_last_layer():
+    model, (encoded, leaves), seen = tiny.model(), example(), {0: [], -1: []}
+    for layer in seen:
+        model.model.layers[layer].mlp.register_forward_pre_hook(lambda _, args, layer=layer: seen[layer].append(args[0].shape[1]))
+    s = score(model, encoded, leaves)
+    states = len(s.trunk)
+    assert seen == {0: [sum(len(e.ids) for e in encoded) + sum(s.leaf_lengths)],
+                    -1: [states + sum(s.trunk_lengths) + sum(s.leaf_lengths)]}
+    practice(model, encoded, 2, 1.0, 1, {1}, torch.Generator())
+    assert seen[0][1:] == [sum(e.spans[-1][0] for e in encoded)] and seen[-1][1:] == [states]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_stays_an_ordinary_one_under_another_attention(family):
+    model, ids = tiny.model(family), torch.tensor([tokens(12, torch.Generator().manual_seed(3))])
+    with torch.no_grad():
+        before = copy.deepcopy(model)(ids).logits
+        score(model, *example())
+        twin = copy.deepcopy(model)
+        twin.model.layers[-1].mlp.down_proj.weight.zero_()
+        for m, changed in ((model, False), (twin, True)):                # the copy's last layer is its own
+            m.set_attn_implementation("eager")
+            assert close(m(ids).logits, before, 1e-5) != changed
+
+
 def test_score_alone_equals_score_among_others():
     model, (encoded, leaves) = tiny.model("mistral"), example()
     packed = score(model, encoded, leaves)
