@@ -434,9 +434,10 @@ class HouseholdExpert:
             self.event, self.seen[match[1]] = "see", [] if match[2] == "nothing" else match[2].split(", ")
         elif match := re.fullmatch(r"You take (.*)\.", observation):
             self.event, self.hand = "take", match[1]
-            self.seen[self.place].remove(match[1])
+            self.seen[self.place] = [o for o in self.seen.get(self.place, []) if o != match[1]]
         elif match := re.fullmatch(r"You put (\w+ \d+) .*", observation):
             self.event, self.hand, self.stored = "put", None, match[1]
+            self.seen.setdefault(self.place, []).append(match[1])
         elif re.fullmatch(r"You (clean|heat|cool) .*", observation):
             self.event, self.treated = "treat", True
 

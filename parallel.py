@@ -128,8 +128,8 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
-    def bar(self, what, label: str):
-        size = {"total": what} if isinstance(what, int) else {"iterable": what}
+    def bar(self, what, label: str, total: int | None = None):
+        size = {"total": what} if isinstance(what, int) else {"iterable": what, "total": total}
         return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
 
     def barrier(self):

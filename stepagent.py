@@ -53,6 +53,7 @@ import random
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -558,7 +559,8 @@ def load_experts(run: Run):
         experts = load_trajectories(c.expert)[:c.experts or None]
     else:
         tasks = some(env.splits["train"], c.experts)
-        shown = [env.expert(task) for task in run.bar(tasks, "expert")]
+        with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
+            shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
         experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
     if not experts:
         raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")

@@ -54,14 +54,16 @@ RATES = {"SFT+": "5e-4", "PPO": "1.5e-4", "DPO": "1.5e-5", "SPIN": "1.5e-5", "ET
          "StepAgent-Inverse": "5e-5", "RFT": None, "NAT": None}           # the best that `tune` found
 PAPER = {"base": 0.0, "SFT": 68.5, "PPO": 69.1, "DPO": 70.6, "RFT": 69.8, "SPIN": 71.4, "NAT": 69.3, "ETO": 72.8,
          "StepAgent-Implicit": 74.2, "StepAgent-Inverse": 74.9}           # Table 2, Mistral-7B, ALFWorld: the household's nearest relative
+QUICK = ("--experts", "16", "--sft-experts", "8", "--practice-experts", "8", "--sft-epochs", "1", "--eval-tasks", "4", "--max-new-tokens", "4",
+         "--env-options", "max_steps=19")
 BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
 
 
 class Cells:
     """Runs of stepagent.py, `jobs` at once with one thread each; a run waits for those that it needs."""
 
-    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household", run: bool = True):
-        self.out, self.jobs, self.model, self.run = out, jobs, model, run
+    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household", run: bool = True, more: tuple[str, ...] = ()):
+        self.out, self.jobs, self.model, self.run, self.more = out, jobs, model, run, more
         self.pool = ThreadPoolExecutor(jobs)
         self.begun: dict[str, Future] = {}
 
@@ -79,7 +81,7 @@ class Cells:
             return
         out.mkdir(parents=True, exist_ok=True)
         print("run", out.relative_to(ROOT), *options, flush=True)
-        command = [sys.executable, "stepagent.py", "--env", "household", "--model", self.model, "--out", str(out), *options]
+        command = [sys.executable, "stepagent.py", "--env", "household", "--model", self.model, "--out", str(out), *options, *self.more]
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
                 raise SystemExit(f"error: {out} failed; see {out / 'log.txt'}")
@@ -214,7 +216,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
 
 
 def sizes(cells: Cells, seeds: list[int]) -> None:
-    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run)
+    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run, cells.more)
     labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
     runs = {}
     for size, of in (("0.25M", small), ("0.85M", cells)):
@@ -247,11 +249,10 @@ def carry(cells: Cells, seeds: list[int]) -> None:
     runs = {"SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]} | {
         label: [cells.method(label, s, TEST) for s in seeds] for label in ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")}
     cells.wait()
-    figures, lines = {}, ["Share of greedy actions that equal the scripted expert's in the same state, in %: at the expert's states (along its own "
-                          "demonstrations of the test tasks nothing is practised; so these are the states before the agent first differs) and "
-                          "at those after it.", "",
-                          "| policy | before the first difference: turns until it | after it: the expert's action, % | of these turns, after "
-                          "\"Nothing happens.\", % |", "|---|---|---|---|"]
+    lines = ["Greedy episodes on 600 test tasks, each action beside the one that the scripted expert takes in that very state, having read the same.", "",
+             "| policy | turns until it first differs | after that: the expert's action, % | of those turns, after \"Nothing happens.\", % |",
+             "|---|---|---|---|"]
+    figures = {}
     for label, paths in runs.items():
         until, equal, after, stuck = [], 0, 0, 0
         for path in paths:
@@ -321,8 +322,13 @@ def main() -> None:
                         help="runs at once, one thread each (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the runs live (default: runs/reproduce)")
     parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3)")
+    parser.add_argument("--quick", action="store_true", help="miniatures, into runs/reproduce-quick: does it run at all?")
     args = parser.parse_args()
-    cells = Cells((ROOT / args.out).resolve(), args.jobs, run=not args.report)
+    global RESULTS
+    if args.quick:
+        args.out, RESULTS = Path("runs/reproduce-quick"), ROOT / "runs/reproduce-quick"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+    cells = Cells((ROOT / args.out).resolve(), args.jobs, run=not args.report, more=QUICK if args.quick else ())
     for name in PARTS if args.what == "all" else [args.what]:
         PARTS[name](cells, args.seeds)
 
