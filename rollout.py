@@ -279,9 +279,10 @@ class Packed:
         """True where a query (row) sees a key (column)."""
         if (call, window) not in self._masks:
             _, first, end, start, _, lengths = call
-            own = [(start + t, j) for j, n in enumerate(lengths) for t in range(n)]              # (position, leaf); leaf -1: the trunk
-            table = lambda rows: torch.tensor(rows, device=self.device).unbind(1)
-            (q_pos, q_leaf), (k_pos, k_leaf) = (table([(t, -1) for t in range(a, end)] + own) for a in (first, 0))
+            at = lambda x: torch.tensor(x, device=self.device)
+            run = lambda a, b: torch.arange(a, b, device=self.device)
+            q_pos, k_pos = (torch.cat([run(a, end), *(run(start, start + n) for n in lengths)]) for a in (first, 0))
+            q_leaf, k_leaf = (run(-1, len(lengths)).repeat_interleave(at([end - a, *lengths])) for a in (first, 0))       # -1: the trunk
             mask = (q_leaf[:, None] == k_leaf) | ((k_leaf == -1) & (k_pos < start))
             mask &= k_pos <= q_pos[:, None]
             self._masks[call, window] = mask & (k_pos > q_pos[:, None] - window) if window else mask

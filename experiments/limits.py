@@ -109,11 +109,11 @@ def plot(rows: list[dict], path: Path) -> None:
         for key, text in (("train_share", "training / matrix product"), ("decode_share", "decoding / stream copy"),
                           ("decode_roof", "decoding / nearer limit")):
             axis.plot([r["at"] for r in mine], [100 * r[key] for r in mine], marker="o", label=text)
-        axis.set(xscale="log", xlabel=label, xticks=[r["at"] for r in mine], xticklabels=[str(r["at"]) for r in mine], ylim=(0, None))
+        axis.set(xscale="log", xlabel=label, xticks=[r["at"] for r in mine], xticklabels=[str(r["at"]) for r in mine], ylim=(0, 100))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% of the machine's limit")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper left")
     figure.savefig(path)
 
 

@@ -420,7 +420,7 @@ def test_a_slow_world_answers_while_the_other_half_writes():
 
     class Episode(ParrotEpisode):
         def step(self, text):
-            before, until = passes[0], time.time() + 10
+            before, until = passes[0], time.time() + 60
             while self.task == "first" and passes[0] == before and time.time() < until:
                 time.sleep(0.01)                                         # answers only once the model has moved on
             seen.append((self.task, passes[0] > before))
