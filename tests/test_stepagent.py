@@ -523,7 +523,7 @@ def test_the_last_two_iterations_keep_their_policy(tmp_path):
 
 # ---- ranks
 
-@pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse"])
+@pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse", "ppo"])
 def test_two_ranks_give_the_update_of_one(tmp_path, method):
     words = ["--method", method, "--experts", "7", "--sft-experts", "7", "--practice-experts", "7", "--sft-batch", "3",
              "--iterations", "1"]
@@ -541,7 +541,8 @@ def test_two_ranks_give_the_update_of_one(tmp_path, method):
     assert distance(a, b) < 1e-3 * distance(a, weights(one / "sft" / "policy"))      # of what reflection moved
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
     alike(one, two)
-    texts = lambda out: [json.loads(line)["practice"] for line in (out / "iter_1" / "practice.jsonl").read_text().splitlines()]
+    name, key = ("episodes.jsonl", "steps") if method == "ppo" else ("practice.jsonl", "practice")
+    texts = lambda out: [json.loads(line)[key] for line in (out / "iter_1" / name).read_text().splitlines()]
     assert texts(one) == texts(two)
     assert (one / "eval" / "final_test.jsonl").read_text() == (two / "eval" / "final_test.jsonl").read_text()
 
