@@ -36,7 +36,7 @@ from torch import Tensor
 
 import losses
 from heads import Head, fit, two_folds
-from parallel import base_folder, read_policy, read_text, write_tensors
+from parallel import forget, read_text, write_tensors
 from rollout import Encoded, InputError, Step, Trajectory, encode, grouped, score, stable_seed, stop_ids
 
 MARKS = {True: "What follows solves the task.", False: "What follows fails at the task."}
@@ -72,9 +72,9 @@ def score_pool(learner, pool: list[Encoded], label: str) -> list[dict[str, Tenso
     """One pass of the training forward over whole trajectories, shared among the ranks. Each gives: steps [n] summed log-probs of its
     actions, tokens [action tokens] log-probs, state and action [n, d] hidden states."""
     run, rows = learner.run, {}
-    mine = sorted(range(len(pool)), key=lambda j: len(pool[j].ids))[run.rank::run.world]
+    mine = sorted(run.shares(range(len(pool)), lambda j: len(pool[j].ids))[run.rank], key=lambda j: len(pool[j].ids))
     learner.policy.eval()
-    with run.bar(len(mine), label) as bar, torch.no_grad(), run.autocast():
+    with run.bar(len(mine), label) as bar, torch.no_grad(), run.gathered(learner.policy), run.autocast():
         for micro in grouped(mine, lambda j: len(pool[j].ids), run.config.micro_tokens):
             scores = score(learner.policy, [pool[j] for j in micro])
             steps, tokens = [len(pool[j].spans) for j in micro], [sum(e - s for s, e in pool[j].spans) for j in micro]
@@ -163,7 +163,7 @@ def retrain(learner, i: int) -> None:
         pool = learner.data + [encode(t, learner.tokenizer) for t in own]
     learner.run.log("retrain", i, 0, expert_trajectories=len(learner.experts), own_trajectories=len(own),
                     own_successes=sum(t.reward >= c.success for t in own))
-    learner.policy.load_state_dict(read_policy(base_folder(learner.run))[0].state_dict())
+    forget(learner.run, learner.policy)
     learner.imitate(pool, f"iter_{i}/policy")
 
 

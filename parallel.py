@@ -1,31 +1,85 @@
-"""Where a run lives and who takes part: the run directory with its cursor, logs and atomic writes, the ranks of torchrun, and the
-folder that a policy is read from and saved to.
+"""Where a run lives and who takes part: the run directory with its cursor, logs, checkpoints and atomic writes, the ranks of torchrun,
+how the policy lies on them (whole, sharded, or frozen with LoRA), and the folder that it is read from and saved to.
 
 Nothing here belongs to the method; stepagent.py is where Algorithm 1 is.
 """
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rollout import InputError, Trajectory, grouped, stable_seed, stop_ids, use_tree_attention
+from rollout import Encoded, InputError, Trajectory, grouped, score, stable_seed, stop_ids, use_tree_attention
+
+FREE = ("out", "save_minutes", "shard")              # options that another start of the same run may change
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; args[0] is its number."""
+
+
+def stop(number: int, frame) -> None:
+    """Handler of Ctrl-C and SIGTERM outside of updates."""
+    _exit_anyway(number)
+    raise Stopped(number)
+
+
+def _exit_anyway(number: int) -> None:
+    """Schedulers kill 30 s after their first signal."""
+    last = threading.Timer(25, os._exit, (128 + number,))
+    last.daemon = True
+    last.start()
+
+
+def program(work: Callable[[], None]) -> None:
+    """Does the work; what goes wrong becomes one line and an exit code, 128 + its number for a signal."""
+    kept = "what was finished is kept, the same command continues"
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        work()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: {error}; {kept}")
+    except RuntimeError as error:
+        gone = ("Connection closed", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "remote process")
+        if not dist.is_initialized() or not any(words in str(error) for words in gone):
+            raise
+        sys.exit(f"error: another rank is gone, its own message says why; {kept}")
+    except Stopped as asked:
+        print(f"stopped; {kept}", file=sys.stderr)
+        sys.exit(128 + asked.args[0])
 
 
 class Run:
@@ -43,15 +97,37 @@ class Run:
         self.iterations = iterations
         self.out = Path(config.out)
         self.state = {"done": [], "policy": "", "log_bytes": 0}
+        self.current, self.asked = "", 0                                           # phase, and the signal that came inside its updates
+        self.heart = Heartbeat(self.rank, self.world) if self.world > 1 else None
+        if self.rank == 0:
+            self._lock()
         self._open_directory()
         self.barrier()
+        if self.heart:
+            self.heart.start()
+
+    def _lock(self):
+        """One run a directory. The system drops the lock with the process that holds it, however that ends; its children have no part."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path("lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            self.lock.seek(0)
+            raise InputError(f"{self.out} is in use by process {self.lock.read().strip()}; wait for it, or give another --out") from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
 
     def _open_directory(self):
         wanted = dataclasses.asdict(self.config)
         if self.path("state.json").exists():
             self.state = json.loads(read_text(self.path("state.json")))
+        if self.state["done"] or self.path("checkpoints").exists():
             found = json.loads(read_text(self.path("config.json")))["config"]
-            other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k != "out" and found.get(k) != v]
+            other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k not in FREE and found.get(k) != v]
             if other:
                 raise InputError(f"{self.out} holds a run with another configuration ({', '.join(other)}); give another --out")
         self.barrier()
@@ -71,9 +147,11 @@ class Run:
 
     def phase(self, name: str, work, *args) -> None:
         """Once per run directory: does the work unless the cursor says that an earlier start finished it. All randomness is seeded
-        by what is drawn, and every phase makes its own optimizer, so the cursor and the last policy are all there is to restore."""
+        by what is drawn, and every phase makes its own optimizer, so the cursor and the last policy are all there is to restore; `updates` keeps
+        more inside a phase that learns."""
         if name in self.state["done"]:
             return
+        self.current = name
         work(*args)
         self.barrier()
         self.state["done"].append(name)
@@ -85,6 +163,7 @@ class Run:
             old = sorted(self.out.glob("iter_*/policy"), key=lambda p: int(p.parent.name[5:]))[:-2]
             for folder in old:
                 shutil.rmtree(folder)
+            shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
         self.barrier()
 
     def log(self, phase: str, iteration: int, step: int, **figures) -> None:
@@ -111,6 +190,8 @@ class Run:
                       for r in rows if r["phase"] == "inspect"]
             write_text(self.path("report.md"), "\n".join(lines) + "\n")
             self.metrics.close()
+        if self.heart:
+            self.heart.end()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -125,6 +206,11 @@ class Run:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return min(machine, int(found) if found != "max" else machine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
+    def split(self) -> int:
+        """Ranks that share sharded weights: those of a node."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return local if local > 1 and self.world % local == 0 else self.world
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
@@ -133,33 +219,245 @@ class Run:
         return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
 
     def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        self.gather({})
 
     def gather(self, part: dict) -> list[dict]:
         """Every rank's part, on every rank."""
         if self.world == 1:
             return [part]
-        parts = [None] * self.world
+        parts, self.heart.waiting = [None] * self.world, True
         dist.all_gather_object(parts, part)
+        self.heart.waiting = False
         return parts
 
+    def shares(self, items, size: Callable) -> list[list]:
+        """Items for each rank, of like total size: the largest first, each to the rank that has least. The same on every rank."""
+        if self.world == 1:
+            return [list(items)]
+        parts, totals = [[] for _ in range(self.world)], [0] * self.world
+        for item in sorted(items, key=size, reverse=True):
+            least = totals.index(min(totals))
+            parts[least].append(item)
+            totals[least] += size(item)
+        return parts
+
+    def micro_batches(self, policy: nn.Module, batch: list, size: Callable) -> list[tuple[list, float]]:
+        """This rank's share of a batch, as [(items of at most micro_tokens together, weight 1)]. The ranks gather sharded weights
+        together, so there all make the same number of passes: one with less to do repeats the batch's smallest item with weight 0."""
+        groups = [grouped(share, size, self.config.micro_tokens) for share in self.shares(batch, size)]
+        mine = [(group, 1.0) for group in groups[self.rank]]
+        if isinstance(policy, FSDPModule):
+            mine += [([min(batch, key=size)], 0.0)] * (max(map(len, groups)) - len(mine))
+        return mine
+
     def sum_gradients(self, model: nn.Module, info: dict[str, float]) -> dict[str, float]:
-        """Adds up gradients and figures over ranks: both were divided by global counts, so the sum is the whole batch's."""
+        """Adds up gradients and figures over ranks: both were divided by global counts, so the sum is the whole batch's. (FSDP has
+        added up the gradients in the backward pass.)"""
         if self.world == 1:
             return info
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for some in grouped([p.grad for p in model.parameters()], torch.Tensor.numel, 2 ** 25):    # few large messages: small ones wait
-            flat = torch.cat([grad.flatten() for grad in some])
-            dist.all_reduce(flat)
-            for grad, summed in zip(some, flat.split([grad.numel() for grad in some])):
-                grad.copy_(summed.view_as(grad))
+        if not isinstance(model, FSDPModule):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for some in grouped([p.grad for p in parameters], torch.Tensor.numel, 2 ** 25):      # few large messages: small ones wait
+                flat = torch.cat([grad.flatten() for grad in some])
+                dist.all_reduce(flat)
+                for grad, summed in zip(some, flat.split([grad.numel() for grad in some])):
+                    grad.copy_(summed.view_as(grad))
         total = defaultdict(float)
         for part in self.gather(dict(info)):
             for key, x in part.items():
                 total[key] += x
         return total
+
+    def clip(self, model: nn.Module, most: float) -> float:
+        """Clips the norm of the whole gradient, wherever its pieces lie; -> the norm before."""
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return norm.item()
+
+    @contextmanager
+    def gathered(self, policy: nn.Module):
+        """Every rank holds all weights, in the compute type, and may run the policy without the others until the end."""
+        parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+        if parts:
+            policy.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        yield
+        if parts:
+            policy.set_reshard_after_forward(True)
+        for part in parts:
+            part.reshard()
+
+    # ---- checkpoints inside a phase
+
+    def updates(self, policy: nn.Module, optimizer, batches: list, label: str) -> Iterator[tuple[int, list]]:
+        """(number, batch) of every update that is left to do. After each, if --save-minutes have passed or a signal asks to stop, policy,
+        optimizer and the phase's lines of the log are saved; an earlier start's last whole checkpoint is taken up first."""
+        first, self.saved = self._resume(policy, optimizer, len(batches)), time.time()
+        usual = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step, batch in enumerate(self.bar(batches, label)):
+                if step >= first:
+                    yield step, batch
+                    self._save_if_due(policy, optimizer, step + 1)
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+    def _asked(self, number: int, frame) -> None:
+        """Ctrl-C or SIGTERM: the update ends with a checkpoint, the second time at once."""
+        if self.asked:
+            stop(number, frame)
+        self.asked = number
+        _exit_anyway(number)
+
+    def _save_if_due(self, policy, optimizer, step: int) -> None:
+        due = torch.tensor([time.time() - self.saved >= 60 * self.config.save_minutes and self.rank == 0, self.asked], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)                                # all or none
+        due, asked = due.tolist()
+        if due or asked:
+            self._save(policy, optimizer, step)
+            self.saved = time.time()
+        if asked:
+            raise Stopped(asked)
+
+    def _save(self, policy, optimizer, step: int) -> None:
+        """checkpoints/<step>: safetensors of each rank's part, and a manifest with checksums. Written beside, moved into place; two are kept."""
+        target = self.path(f"checkpoints/{step:08d}")
+        beside = target.with_suffix(".tmp")
+        if self.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.barrier()
+        with _quiet():
+            dcp.save(_tensors(policy, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        self.barrier()
+        sums = self._checksums(beside, sorted(p.name for p in beside.iterdir()))
+        if self.rank == 0:
+            self.metrics.flush()
+            with open(self.path("metrics.jsonl"), encoding="utf-8") as log:
+                log.seek(self.log_start)
+                manifest = json.dumps({"phase": self.current, "step": step, "files": sums, "log": log.read()})
+            write_text(beside / "manifest.json", hashlib.sha256(manifest.encode()).hexdigest() + "\n" + manifest)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(beside, target)
+            for old in sorted(self.path("checkpoints").glob("????????"))[:-2]:
+                shutil.rmtree(old)
+        self.barrier()
+
+    def _checksums(self, folder: Path, names: list[str]) -> dict[str, str]:
+        """sha256 by file, the ranks share the reading; a file that is not there has none."""
+        mine = {}
+        for name in names[self.rank::self.world]:
+            if (folder / name).is_file():
+                with open(folder / name, "rb") as file:
+                    mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+        return {name: found for part in self.gather(mine) for name, found in part.items()}
+
+    def _resume(self, policy, optimizer, most: int) -> int:
+        """Takes up the last whole checkpoint of this phase; -> updates done. A damaged one is named and the one before it taken."""
+        if self.rank == 0:
+            self.metrics.flush()
+            self.log_start = self.metrics.tell()
+        for folder in sorted(self.path("checkpoints").glob("????????"), reverse=True):
+            manifest = self.gather({"read": _manifest(folder)})[0]["read"]         # rank 0's reading
+            if manifest and manifest["phase"] != self.current:
+                continue                                                           # of a phase that was finished since
+            if not manifest or self._checksums(folder, sorted(manifest["files"])) != manifest["files"]:
+                if self.rank == 0:
+                    tqdm.write(f"warning: checkpoint {folder} is torn or corrupt; the one before it is used", file=sys.stderr)
+                continue
+            tensors = _tensors(policy, optimizer)
+            with _quiet():
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            for p in optimizer.state:
+                optimizer.state[p]["step"].fill_(manifest["step"])
+            if self.rank == 0:
+                self.metrics.write(manifest["log"])
+                self.metrics.flush()
+                tqdm.write(f"{self.current}: goes on after update {manifest['step']} of {most}", file=sys.stderr)
+            return manifest["step"]
+        return 0
+
+
+def _tensors(policy: nn.Module, optimizer) -> dict[str, Tensor]:
+    """All that updates change, by name: trainable weights and AdamW's moments (made here, where there was no update yet)."""
+    tensors = {}
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            state = optimizer.state[p]
+            if not state:
+                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            tensors |= {name: p.detach(), f"{name}.exp_avg": state["exp_avg"], f"{name}.exp_avg_sq": state["exp_avg_sq"]}
+    return tensors
+
+
+def _manifest(folder: Path) -> dict | None:
+    """None: torn or corrupt."""
+    try:
+        sum_, text = (folder / "manifest.json").read_text(encoding="utf-8").split("\n", 1)
+        return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == sum_ else None
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _quiet():
+    """torch.distributed.checkpoint remarks on every call that one process is no group, and wraps what the disk said."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except dcp.api.CheckpointException as error:
+        raise OSError("checkpoint: " + "; ".join(sorted({str(why).splitlines()[0] for why, _ in error.failures.values()}))) from None
+
+
+class Heartbeat(threading.Thread):
+    """Every rank counts in torchrun's store while it lives, and watches the rank after it; one that stops counting ends the job, with
+    its name: left alone, the others would wait for it in their next collective for as long as that may take."""
+    EVERY, DEAD, STUCK = 4, 30, 3600                 # seconds; stuck: alive, but the policy ran no pass and no collective waits
+
+    def __init__(self, rank: int, world: int):
+        super().__init__(daemon=True)
+        self.store = dist.PrefixStore(f"beats{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False))
+        self.rank, self.other, self.passes, self.waiting, self.ended = rank, (rank + 1) % world, 0, False, False
+        self.store.set(str(rank), "0 0")
+
+    def run(self):
+        beats, seen, changed = 0, ["", ""], [time.monotonic()] * 2
+        while not self.ended:
+            beats += 1
+            try:
+                self.store.set(str(self.rank), f"{beats} {'waits' if self.waiting else self.passes}")
+                found = self.store.get(str(self.other)).decode().split()
+            except RuntimeError:
+                self._stop("torchrun, or the rank that holds its store, is gone")
+            if found[0] == "ended":
+                found = [str(beats), "waits"]
+            changed = [time.monotonic() if new != old or new == "waits" else at for new, old, at in zip(found, seen, changed)]
+            seen, silent = found, [time.monotonic() - at for at in changed]
+            if silent[0] > self.DEAD:
+                self._stop(f"rank {self.other} has given no sign of life for {self.DEAD} s: its process died or was stopped, or its machine "
+                           "is gone")
+            if silent[1] > self.STUCK:
+                self._stop(f"rank {self.other} lives, but has run no pass of the policy for {self.STUCK // 60} minutes")
+            time.sleep(self.EVERY)
+
+    def _stop(self, why: str):
+        if not self.ended:
+            print(f"error: {why}; what was finished is kept, the same command continues", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def end(self):
+        self.ended = True
+        self.store.set(str(self.rank), "ended")
 
 
 def read_text(path: Path) -> str:
@@ -201,12 +499,22 @@ def load_policy(run: Run, experts: list[Trajectory]):
         make_tiny(experts, run.path("base.tmp"), c.seed)
         os.replace(run.path("base.tmp"), run.path("base"))
     run.barrier()
-    folder = run.path(run.state["policy"]) if run.state["policy"] else c.init or base_folder(run)
-    policy, tokenizer = read_policy(folder)
+    half = torch.bfloat16 if c.dtype == "bfloat16" else torch.float32
+    saved = run.path(run.state["policy"]) if run.state["policy"] else None
+    start = c.init or base_folder(run)
+    policy, tokenizer = read_policy(start, half) if c.lora_rank else read_policy(saved or start)
     use_tree_attention(policy)
     stop_ids(tokenizer)
+    if c.lora_rank:
+        add_lora(policy, c.lora_rank, c.seed)
+        if saved:
+            policy.load_state_dict(load_file(saved / "lora.safetensors"), strict=False)
     if c.checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if must_shard(run, policy):
+        shard(run, policy, half)
+    if run.heart:
+        policy.model.register_forward_pre_hook(lambda *_: setattr(run.heart, "passes", run.heart.passes + 1))
     return policy.to(run.device), tokenizer
 
 
@@ -215,23 +523,135 @@ def base_folder(run: Run) -> str | Path:
     return run.path("base") if run.config.model == "tiny" else run.config.model
 
 
-def read_policy(folder: str | Path):
+def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32):
+    """Weights from safetensors alone, no code from the folder: nothing in it is run."""
     try:
-        return (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True),
-                AutoTokenizer.from_pretrained(folder))
+        return (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False),
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {folder}: cannot be loaded ({str(error).splitlines()[0][:200]}); give a Hugging Face id that this "
                          "machine can reach, or a local folder with config.json, safetensors and tokenizer files") from None
 
 
-def save_policy(policy: nn.Module, tokenizer, target: Path) -> None:
-    """An ordinary Hugging Face folder, written beside and moved into place."""
-    beside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    policy.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(beside, target)
+def forget(run: Run, policy: nn.Module) -> None:
+    """The policy's weights become those of the model before any imitation."""
+    state = read_policy(base_folder(run))[0].state_dict()
+    set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    for name, module in policy.named_modules():
+        if isinstance(module, LoRA):
+            module.begin(run.config.seed, name)
+
+
+def save_policy(run: Run, policy: nn.Module, tokenizer, target: Path) -> None:
+    """An ordinary Hugging Face folder in float32, written beside and moved into place. Sharded weights are gathered (every rank calls
+    this), LoRA is merged; lora.safetensors keeps it apart as well, for the phases to come."""
+    state, adapters = None, {}
+    if isinstance(policy, FSDPModule):
+        state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    elif run.config.lora_rank and run.rank == 0:
+        state, adapters = merged(policy)
+    if run.rank == 0:
+        if state is not None and policy.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        beside = target.with_name(target.name + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        policy.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        if adapters:
+            save_file(adapters, beside / "lora.safetensors")
+            config = json.loads(read_text(beside / "config.json"))
+            write_text(beside / "config.json", json.dumps(config | {"dtype": "float32"}, indent=2))      # not that of the frozen base
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(beside, target)
+    run.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA, sharding
+
+class LoRA(nn.Linear):
+    """W x + 2 B A x (Hu et al., 2021; alpha = 2 R): W [out, in] is frozen, A [R, in] and B [out, R] are learnt, B from 0."""
+
+    def begin(self, seed: int, name: str) -> None:
+        gen = torch.Generator().manual_seed(stable_seed(seed, "lora", name))
+        with torch.no_grad():
+            self.A.copy_((2 * torch.rand(self.A.shape, generator=gen) - 1) / self.in_features ** 0.5)
+            self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 2 * F.linear(F.linear(x, self.A), self.B)
+
+    def whole(self) -> Tensor:
+        return self.weight.float() + 2 * self.B @ self.A
+
+
+def add_lora(policy: nn.Module, rank: int, seed: int) -> None:
+    """Freezes the policy, and puts float32 adapters of this rank on every projection of attention and MLP, in place."""
+    policy.requires_grad_(False)
+    for name, module in policy.named_modules():
+        if type(module) is nn.Linear and name.startswith("model.layers."):
+            module.__class__ = LoRA                                                # its weights stay where, and what they are called
+            module.A = nn.Parameter(torch.empty(rank, module.in_features))
+            module.B = nn.Parameter(torch.empty(module.out_features, rank))
+            module.begin(seed, name)
+
+
+@torch.no_grad()
+def merged(policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """-> the weights of the ordinary model that computes the same, in float32 on the CPU, and the adapters alone."""
+    whole = {f"{name}.weight": m.whole().cpu() for name, m in policy.named_modules() if isinstance(m, LoRA)}
+    adapters = {name: x.cpu() for name, x in policy.state_dict().items() if name.endswith((".A", ".B"))}
+    rest = {name: x.float().cpu() for name, x in policy.state_dict().items() if name not in adapters and name not in whole}
+    return rest | whole, adapters
+
+
+def training_bytes(policy: nn.Module, c, split: int = 1) -> dict[str, float]:
+    """Bytes on one device by arithmetic, what an update needs and what generation needs before any keys and values. split: ranks that
+    share the weights. Works for a model on the meta device; experiments/memory.py compares it with live storage."""
+    h, width = policy.config, 2 if c.dtype == "bfloat16" else 4
+    p, learnt = sum(x.numel() for x in policy.parameters()), sum(x.numel() for x in policy.parameters() if x.requires_grad)
+    layer = sum(x.numel() for x in policy.model.layers[0].parameters())
+    rest = p - layer * h.num_hidden_layers                                         # embeddings, head
+    heads = (getattr(h, "head_dim", None) or h.hidden_size // h.num_attention_heads)
+    inside = 12 * h.intermediate_size + 26 * h.hidden_size + (8 * h.num_attention_heads + 4 * h.num_key_value_heads) * heads
+    inside *= width / 2                                                            # bytes a token inside one layer
+    kept = 4 * h.hidden_size * h.num_hidden_layers + inside if c.checkpointing else inside * h.num_hidden_layers
+    if c.lora_rank:
+        held, copies, whole = width * (p - learnt) + 16 * learnt, 0, width * (p - learnt) + 4 * learnt
+    elif split > 1:                                  # all-gathered: head and embeddings, this layer and the next; their gradients in float32
+        held, copies, whole = 16 * p / split, (width + 4) * (rest + 2 * layer), 4 * p / split + width * p
+    else:
+        held, copies, whole = 16 * p, width * p if width == 2 else 0, (4 + (width == 2) * 2) * p
+    return {"held": held, "update": held + copies + c.micro_tokens * kept + 24 * max(2 ** 23, 256 * h.vocab_size), "generate": whole}
+
+
+def must_shard(run: Run, policy: nn.Module) -> bool:
+    """--shard, or for auto: does an update fit where every rank holds all? InputError where by arithmetic nothing fits."""
+    c, room, split = run.config, run.memory(), run.split()
+    sharded = run.world > 1 and not c.lora_rank and (c.shard == "true" or c.shard == "auto" and training_bytes(policy, c)["update"] > 0.9 * room)
+    need = training_bytes(policy, c, split if sharded else 1)
+    for what, name in (("held", "weights, gradients and Adam's moments"), ("generate", "the weights that practice and evaluation read")):
+        if need[what] > room:
+            raise InputError(f"{c.model}: {name} need {need[what] / 1e9:.0f} GB a device, each has {room / 1e9:.0f}; take more devices"
+                             f"{'' if sharded or c.lora_rank or run.world == 1 else ' or --shard auto'}{'' if c.lora_rank else ', or --lora-rank 16'}")
+    return sharded
+
+
+def shard(run: Run, policy: nn.Module, half: torch.dtype) -> None:
+    """FSDP2: float32 weights, gradients and moments lie in pieces on the ranks (of one node, where there are several: those keep copies);
+    each layer is gathered in the compute type as it runs."""
+    split = run.split()
+    mesh = dist.init_device_mesh(run.device.type, (run.world // split, split), mesh_dim_names=("copies", "pieces"))
+    mesh = mesh["pieces"] if split == run.world else mesh
+    kind = MixedPrecisionPolicy(param_dtype=half if half != torch.float32 else None, reduce_dtype=torch.float32)
+    for part in (*policy.model.layers, policy):
+        fully_shard(part, mesh=mesh, mp_policy=kind)
+        part.set_gradient_divide_factor(1.0)                                       # losses are divided by global counts
+        part.set_force_sum_reduction_for_comms(True)                               # gloo can do no other
+    register_fsdp_forward_method(policy, "scoring")
+    with torch.no_grad(), run.autocast():
+        score(policy, [Encoded([0, 0], [(1, 2)])])                                 # tells every part who the root is, before any is gathered
+    policy.set_reshard_after_forward(True)
+    policy.reshard()                                                               # the root keeps its first gathering otherwise
 
 
 def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:

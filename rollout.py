@@ -17,6 +17,7 @@ function that asks the `tree` it is given (a keyword argument of the model call)
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,12 +83,22 @@ def segment(trajectory: Trajectory) -> list[tuple[Trajectory, str]]:
 # ---------------------------------------------------------------------------------------- one renderer from text to (ids, spans)
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> list[int]:
+    """Control tokens are the template's alone: one that stands in a message is text. A character that occurs nowhere breaks it up until
+    it is tokenised."""
+    control = [token for token in _special_texts(tokenizer) if any(token in m["content"] for m in messages)]
+    if control:
+        crack = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
+        crack_in = lambda text: re.sub("|".join(map(re.escape, control)), lambda m: m[0][0] + crack + m[0][1:], text)
+        messages = [m | {"content": crack_in(m["content"])} for m in messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     except TemplateError as error:                                       # e.g. a system role where the template knows none
         raise InputError(f"chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses the conversation ({error}); "
                          "its roles are " + ", ".join(m["role"] for m in messages[:4]) + ": change the prompt or the template") from None
-    return tokenizer(text, add_special_tokens=False).input_ids           # the template writes its own BOS: never a second one
+    if not control:
+        return tokenizer(text, add_special_tokens=False).input_ids       # the template writes its own BOS: never a second one
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [i for i, (a, b) in zip(found.input_ids, found.offset_mapping) if text[a:b] != crack]
 
 
 def _suffix(tokenizer, shorter: list[int], longer: list[int], task_id: str = "") -> list[int]:
@@ -99,6 +110,11 @@ def _suffix(tokenizer, shorter: list[int], longer: list[int], task_id: str = "")
 
 
 _USER = [{"role": "user", "content": "x"}]           # a stand-in history: what a turn adds must not depend on the turns before
+
+
+@lru_cache(maxsize=16)
+def _special_texts(tokenizer) -> tuple[str, ...]:
+    return tuple(sorted(set(tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))) - {None}, key=len, reverse=True))
 
 
 @lru_cache(maxsize=16)
@@ -187,6 +203,7 @@ def use_tree_attention(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != "trunk_and_leaves":
         model.set_attn_implementation("trunk_and_leaves")
         model.model.layers[-1].forward = MethodType(_last_layer, model.model.layers[-1])
+        model.scoring = MethodType(_scoring, model)
 
 
 def _last_layer(layer, hidden_states: Tensor, *, tree=None, **more) -> Tensor:
@@ -202,6 +219,13 @@ def _last_layer(layer, hidden_states: Tensor, *, tree=None, **more) -> Tensor:
 def _forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Tensor:
     """Last hidden states [R, T, d] of ids [R, T], of a Packed row [1, wanted, d]; the output head runs later, at scored positions."""
     return model.model(input_ids=ids, position_ids=positions, use_cache=False, tree=tree).last_hidden_state
+
+
+def _scoring(model, ids: Tensor, positions: Tensor, tree, select: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Hidden states [1, wanted, d], and what _head makes of those at `select`; a method of the model, so that sharded weights are gathered
+    around trunk and head alike."""
+    hidden = _forward(model, ids, positions, tree)
+    return hidden, *_head(model, hidden[0, select], targets, with_entropy)
 
 
 def kv_bytes(model: PreTrainedModel, width: int) -> int:
@@ -339,11 +363,11 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
         rows["leaf"] += [placed[j][:2] for j in range(len(own))]
         last["leaf"] += [placed[j][2] for j in range(len(own))]
     device, at = model.device, {token: j for j, token in enumerate(tree.wanted)}
-    hidden = _forward(model, torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree)[0]
     both = rows["trunk"] + rows["leaf"]
     select = torch.tensor([at[r] for predict, _ in both for r in predict], device=device)
     targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
-    logps, *more = _head(model, hidden[select], targets, with_entropy)
+    (hidden,), logps, *more = model.scoring(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree, select,
+                                            targets, with_entropy)
     lengths = [len(tokens) for _, tokens in both]
     owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
     sums = logps.new_zeros(len(both)).index_add(0, owner, logps)

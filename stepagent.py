@@ -50,7 +50,6 @@ import dataclasses
 import json
 import math
 import random
-import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +58,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -68,7 +66,7 @@ import compared
 import losses
 from envs import env_options, load_trajectories, make_env, parse_action, prompt_messages, some
 from heads import Head, fit, two_folds
-from parallel import Run, load_policy, read_text, save_policy, write_tensors, write_text
+from parallel import Run, load_policy, program, read_text, save_policy, write_tensors, write_text
 from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, kv_bytes, practice, run_episodes, score, stable_seed,
                      stop_ids)
 
@@ -138,6 +136,10 @@ class Config:
     leaves: int = option(256, "practice actions decoded together at most; fewer where keys and values would take about a quarter "
                                 "of the memory", tiny=1024)
     episodes: int = option(32, "episodes played together", tiny=300)
+    shard: str = option("auto", "FSDP: weights, gradients and moments in pieces on the ranks; auto = where one device cannot hold them",
+                        choices=("auto", "true", "false"))
+    lora_rank: int = option(0, "learn adapters of this rank on frozen weights, for one small GPU; wants higher rates; 0 = all weights")
+    save_minutes: float = option(15.0, "minutes between checkpoints inside a phase that learns")
     checkpointing: bool = option(True, "recompute activations in the backward pass, to save memory", tiny=False)
     eval_splits: str = option("test", "splits evaluated at the end, separated by commas", tiny="test,test_unseen")
     eval_each: str = option("dev", "splits evaluated after SFT and after every iteration; empty = none")
@@ -257,8 +259,9 @@ class Learner:
         """Line 7, eq. 5: K practice actions at every expert step, then one scoring pass for what later phases need of pi_i."""
         run, c, stops, started = self.run, self.run.config, stop_ids(self.tokenizer), time.time()
         self.policy.eval()
-        mine, shards = sorted(self.practised, key=self._tokens)[run.rank::run.world], {}        # like lengths together: less padding
-        with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.autocast():
+        written = lambda j: self._tokens(j) + c.practice * sum(e - s for s, e in self.data[j].spans)
+        mine, shards = sorted(run.shares(self.practised, written)[run.rank], key=self._tokens), {}      # like lengths together: less padding
+        with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.gathered(self.policy), run.autocast():
             room = run.memory() // 4 // kv_bytes(self.policy, 2 if c.dtype == "bfloat16" else 4)          # tokens whose keys fit
             n = lambda j: len(self.data[j].spans) * c.practice
             for group in grouped(mine, lambda j: max(n(j) / c.leaves, (self._tokens(j) + n(j) * c.max_new_tokens) / room), 1):
@@ -438,18 +441,17 @@ class Learner:
             write_text(self.run.path(f"iter_{i}/batches.json"), json.dumps([[pool[j].task_id for j in b] for b in batches]))
         run, c, policy = self.run, self.run.config, self.policy
         policy.train()
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
-        for step, batch in enumerate(run.bar(batches, f"iteration {i}: {name}" if i else name)):
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+        for step, batch in run.updates(policy, optimizer, batches, f"iteration {i}: {name}" if i else name):
             info, started = defaultdict(float), time.time()
-            mine = sorted(batch, key=tokens)[run.rank::run.world] if run.world > 1 else batch      # even shares
-            for micro in grouped(mine, tokens, c.micro_tokens):
+            for micro, weight in run.micro_batches(policy, batch, tokens):
                 with run.autocast():
                     loss, figures = loss_of(micro, batch)
-                loss.backward()
+                (weight * loss).backward()
                 for key, x in figures.items():
-                    info[key] += x.item()
+                    info[key] += weight * x.item()
             info = run.sum_gradients(policy, info)
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), c.grad_norm).item()
+            norm = run.clip(policy, c.grad_norm)
             if not math.isfinite(norm) or not all(math.isfinite(x) for x in info.values()):
                 if run.rank == 0:
                     write_text(run.path("failed_batch.json"), json.dumps({
@@ -505,10 +507,15 @@ class Learner:
         """Episodes of the policy, one a task, the tasks shared among the ranks."""
         run, c = self.run, self.run.config
         mine = tasks[run.rank::run.world]
-        with run.bar(len(mine), label) as bar, run.autocast():
+        with run.bar(len(mine), label) as bar, run.gathered(self.policy), run.autocast():
             played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=c.episodes,
                                   max_new_tokens=c.max_new_tokens, seed=seed, progress=bar.update)
         byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
+        for t in byid.values():
+            if not 0 <= t.reward <= 1:                                             # nan, too
+                self.write_episodes("failed_batch.json", [t])
+                raise InputError(f"{label}: the environment gave task {t.task_id} the reward {t.reward}, which is not within 0 and 1; "
+                                 f"episode saved in {run.path('failed_batch.json')}")
         return [byid[task] for task in tasks]
 
     def write_episodes(self, name: str, episodes: list[Trajectory], ids: bool = False) -> None:
@@ -521,8 +528,7 @@ class Learner:
 
     def save(self, folder: str):
         """An ordinary Hugging Face folder, float32."""
-        if self.run.rank == 0:
-            save_policy(self.policy, self.tokenizer, self.run.path(folder))
+        save_policy(self.run, self.policy, self.tokenizer, self.run.path(folder))
         self.run.state["policy"] = folder
 
 
@@ -538,6 +544,8 @@ def check(c: Config) -> int:
         raise InputError(f"--temperature {c.temperature}: PPO's ratio is right for temperature 1 only; leave it out")
     if c.reward != "step" and c.method != "stepagent-inverse":
         raise InputError(f"--reward {c.reward} belongs to --method stepagent-inverse; leave it out")
+    if c.lora_rank and c.init and c.method in ("rft", "nat"):
+        raise InputError(f"--lora-rank with --init: {c.method} starts again from --model, which adapters of --init cannot; leave out one")
     if c.match:
         other = json.loads(read_text(Path(c.match, "config.json")))["config"]
         same = ("env", "env_options", "expert", "experts", "practice_experts", "iterations")
@@ -602,12 +610,9 @@ def parse(argv: list[str] | None = None) -> Config:
     return Config(**{f.name: given.get(f.name, f.metadata["tiny"] if tiny else f.default) for f in dataclasses.fields(Config)})
 
 
+def command_line(argv: list[str] | None = None) -> None:
+    program(lambda: main(parse(argv)))
+
+
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}; what was finished is kept, the same command continues")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was finished is kept, the same command continues")
+    command_line()

@@ -1,0 +1,219 @@
+"""Ranks, sharding, LoRA, and the folder that a policy is saved to."""
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import envs
+import parallel
+import stepagent as S
+from ranks import finish, start
+from rollout import InputError, encode, score
+from test_stepagent import MINIATURE, QUIET, alike, distance, metrics, run, same_bits, weights
+
+SEVEN = ["--experts", "7", "--sft-experts", "7", "--practice-experts", "7", "--sft-batch", "3", "--iterations", "1"]
+METHODS = ("stepagent-implicit", "stepagent-inverse", "ppo")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Two layers of width 32, and words for tokens. Its folder's name brings the tiny defaults."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-two-layers"
+    env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
+    parallel.make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    """The runs of one process, by method."""
+    where = tmp_path_factory.mktemp("alone")
+    return {method: run(where / method, *SEVEN, "--model", model, "--method", method) for method in METHODS}
+
+
+def together(where: Path, ranks: int, cases: list) -> None:
+    """cases: (name, environment variables, words), run one after the other by the same ranks."""
+    runs = [(variables, ["--out", str(where / name), *MINIATURE, *more]) for name, variables, more in cases]
+    assert set(finish(start(ranks, runs, where / "log"), 600)) == {0}, (where / "log").read_text()[-3000:]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_give_the_updates_of_one_process(tmp_path, model, alone, ranks):
+    """Plain and sharded, SFT, DPO, D and PPO on 7 trajectories; eval has 3 tasks and late batches 1 trajectory: some of 4 ranks have
+    none. `nodes`: two nodes of two ranks. Tolerance: 0.1% of what the update moved; fp32, other orders of addition."""
+    every = [(method, shard) for method in METHODS for shard in ("true", "false")]
+    which = every if ranks == 2 else [("stepagent-inverse", "true"), ("ppo", "false")]
+    cases = [(f"{method}-{shard}", {}, [*SEVEN, "--model", model, "--method", method, "--shard", shard]) for method, shard in which]
+    if ranks == 4:
+        cases.append(("stepagent-implicit-nodes", {"LOCAL_WORLD_SIZE": "2"}, [*SEVEN, "--model", model, "--shard", "true"]))
+    together(tmp_path, ranks, cases)
+    for name, _, _ in cases:
+        one, many = alone[name.rpartition("-")[0]], tmp_path / name
+        moved = distance(weights(one / "policy"), weights(one / "sft" / "policy"))
+        assert moved > 1e-3, name
+        assert distance(weights(one / "policy"), weights(many / "policy")) < 1e-3 * moved, name
+        alike(one, many)
+        assert (one / "eval" / "final_test.jsonl").read_text() == (many / "eval" / "final_test.jsonl").read_text(), name
+
+
+def test_shares_are_balanced_whole_and_the_same_everywhere():
+    run_ = parallel.Run.__new__(parallel.Run)
+    run_.world, run_.rank, run_.config = 3, 0, S.Config(micro_tokens=50)
+    sizes = [5, 40, 9, 31, 7, 20, 20]
+    parts = run_.shares(range(7), lambda j: sizes[j])
+    assert sorted(j for part in parts for j in part) == list(range(7)) and [sum(sizes[j] for j in part) for part in parts] == [47, 45, 40]
+    assert run_.shares([6], lambda j: 1) == [[6], [], []]
+    plain = torch.nn.Linear(1, 1)
+    got = {}
+    for run_.rank in range(3):
+        got[run_.rank] = run_.micro_batches(plain, [1, 3, 5], lambda j: sizes[j])
+    assert got == {0: [([1], 1.0)], 1: [([3], 1.0)], 2: [([5], 1.0)]}
+
+
+def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
+    """auto: where an update does not fit on one device. 1M tokens a pass stand in for a large model."""
+    from types import SimpleNamespace
+    policy, _ = parallel.read_policy(model)
+    p = sum(x.numel() for x in policy.parameters())
+    fake = lambda world, memory, **options: SimpleNamespace(world=world, memory=lambda: memory, split=lambda: world,
+                                                            config=S.Config(model=model, dtype="float32", **options))
+    need = parallel.training_bytes(policy, S.Config(dtype="float32"))
+    assert need["held"] == 16 * p and need["generate"] == 4 * p < need["update"]
+    assert not parallel.must_shard(fake(2, 1.2 * need["update"]), policy) and parallel.must_shard(fake(2, 0.8 * need["update"]), policy)
+    assert not parallel.must_shard(fake(1, need["update"], shard="true"), policy) and parallel.must_shard(fake(2, 1e12, shard="true"), policy)
+    assert not parallel.must_shard(fake(2, 0.8 * need["update"], shard="false"), policy)
+    with pytest.raises(InputError, match=r"weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"):
+        parallel.must_shard(fake(2, 8 * p, shard="false"), policy)
+    with pytest.raises(InputError, match="the weights that practice and evaluation read need .* take more devices, or --lora-rank 16"):
+        parallel.must_shard(fake(64, 4 * p), policy)
+
+
+# ---- LoRA
+
+LORA = ["--lora-rank", "3", "--sft-lr", "1e-2", "--lr", "1e-2", "--iterations", "1"]
+
+
+def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model):
+    """Over SFT and reflection the frozen weights keep their bits, the saved folder computes what the adapted policy did."""
+    out = run(tmp_path / "x", *QUIET, *LORA, "--model", model)
+    base, tokenizer = parallel.read_policy(model)
+    saved = AutoModelForCausalLM.from_pretrained(out / "policy")
+    adapters = parallel.load_file(out / "policy" / "lora.safetensors")
+    assert len(adapters) == 2 * 2 * 7 and all(x.dtype == torch.float32 and x.abs().sum() > 0 for x in adapters.values())
+    adapted = {name[:-2] for name in adapters}
+    for name, x in base.state_dict().items():
+        whole = x + 2 * adapters[f"{name[:-7]}.B"] @ adapters[f"{name[:-7]}.A"] if name[:-7] in adapted else x
+        assert torch.allclose(saved.state_dict()[name], whole, atol=1e-6), name
+    parallel.use_tree_attention(base)
+    parallel.add_lora(base, 3, 0)
+    base.load_state_dict(adapters, strict=False)
+    env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
+    data = [encode(env.expert(task), tokenizer) for task in envs.some(env.splits["train"], 3)]
+    before, after = score(base, data), score(saved, data)
+    assert torch.allclose(before.trunk_tokens, after.trunk_tokens, atol=1e-4)
+    before.trunk.sum().backward()
+    assert {name for name, p in base.named_parameters() if p.grad is not None} == set(adapters)
+
+
+def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model):
+    """A merge rounded to bfloat16 would lose most of what small rates learn."""
+    out = run(tmp_path / "x", *QUIET, *LORA, "--model", model, "--dtype", "bfloat16", "--checkpointing", "true")
+    base, saved = parallel.read_policy(model, torch.bfloat16)[0], AutoModelForCausalLM.from_pretrained(out / "policy")
+    adapters = parallel.load_file(out / "policy" / "lora.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    whole = base.get_submodule(name).weight.float() + 2 * adapters[f"{name}.B"] @ adapters[f"{name}.A"]
+    found = saved.get_submodule(name).weight
+    assert found.dtype == torch.float32 and torch.allclose(found, whole, atol=1e-6) and not torch.equal(found, found.bfloat16().float())
+    assert torch.equal(saved.model.norm.weight, base.model.norm.weight.float())
+    nll = [row["nll"] for row in metrics(out, "sft")]
+    assert nll[-1] < nll[0]
+
+
+def test_an_adapter_starts_as_nothing(model):
+    plain, tokenizer = parallel.read_policy(model)
+    adapted, _ = parallel.read_policy(model)
+    parallel.add_lora(adapted, 4, 0)
+    ids = torch.arange(20)[None]
+    assert torch.equal(plain(ids).logits, adapted(ids).logits)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(
+        4 * (m.in_features + m.out_features) for m in adapted.model.layers.modules() if isinstance(m, torch.nn.Linear))
+
+
+def test_a_killed_lora_run_resumed_is_an_uninterrupted_one(tmp_path, monkeypatch, model):
+    from test_stepagent import Killed, at_the_end
+    words, killed = [*QUIET, *LORA, "--model", model], []
+    whole = run(tmp_path / "whole", *words)
+    at_the_end(monkeypatch, killed)
+    for _ in range(30):
+        try:
+            parts = run(tmp_path / "parts", *words)
+            break
+        except Killed:
+            pass
+    assert len(killed) == 7 and same_bits(weights(whole / "policy"), weights(parts / "policy")) and metrics(whole) == metrics(parts)
+
+
+def test_rft_forgets_what_the_adapters_learnt(tmp_path, model):
+    out = run(tmp_path / "x", *QUIET, *LORA[:4], "--model", model, "--method", "rft", "--samples", "1")
+    first, second = ([row["nll"] for row in metrics(out, "sft")][n] for n in (0, 3))
+    assert first == pytest.approx(second, rel=0.2)                       # both begin at the base model
+    with pytest.raises(InputError, match="--lora-rank with --init: rft starts again from --model"):
+        run(tmp_path / "y", *QUIET, *LORA, "--model", model, "--method", "rft", "--init", model)
+
+
+# ---- half precision, recomputation, other numbers of ranks
+
+def test_a_sharded_run_in_bfloat16_with_recomputation_learns_what_a_plain_one_does(tmp_path, model):
+    words = [*SEVEN, *QUIET, "--model", model, "--method", "sft", "--sft-epochs", "4", "--dtype", "bfloat16", "--checkpointing", "true"]
+    together(tmp_path, 2, [(shard, {}, [*words, "--shard", shard]) for shard in ("true", "false")])
+    nll = {shard: [row["nll"] for row in metrics(tmp_path / shard, "sft")] for shard in ("true", "false")}
+    assert nll["true"] == pytest.approx(nll["false"], rel=0.02) and nll["true"][-1] < 0.95 * nll["true"][0]
+
+
+def stop_after_two(rank):
+    """Ends every process with SIGTERM's code after the second update of SFT, as if it had come."""
+    save = parallel.Run._save_if_due
+
+    def save_and_stop(self, policy, optimizer, step):
+        self.asked = 15 if step == 2 else 0
+        save(self, policy, optimizer, step)
+    parallel.Run._save_if_due = save_and_stop
+
+
+@pytest.mark.parametrize("shard", ["true", "false"])
+def test_a_run_continues_on_another_number_of_ranks(tmp_path, model, alone, shard):
+    """Two ranks leave a checkpoint inside SFT, one process goes on."""
+    out, words = tmp_path / "x", [*SEVEN, "--model", model, "--shard", shard]
+    codes = finish(start(2, [({}, ["--out", str(out), *MINIATURE, *words])], tmp_path / "log", stop_after_two))
+    assert codes == [143, 143] and (out / "checkpoints" / "00000002" / "manifest.json").exists(), (tmp_path / "log").read_text()[-2000:]
+    assert len(list((out / "checkpoints" / "00000002").glob("*.safetensors"))) == 2
+    run(out, *words)
+    one = alone["stepagent-implicit"]
+    alike(one, out)
+    moved = distance(weights(one / "policy"), weights(one / "sft" / "policy"))
+    assert distance(weights(one / "policy"), weights(out / "policy")) < 1e-3 * moved
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_memory_held_is_what_lives_after_an_update(model, rank):
+    policy, tokenizer = parallel.read_policy(model, torch.bfloat16 if rank else torch.float32)
+    parallel.use_tree_attention(policy)
+    if rank:
+        parallel.add_lora(policy, rank, 0)
+    env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
+    learnt = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank > 0):
+        score(policy, [encode(env.expert("train-0"), tokenizer)]).trunk.sum().backward()
+    optimizer.step()
+    live = [*policy.parameters(), *(p.grad for p in learnt), *(x for p in learnt for name, x in optimizer.state[p].items() if name != "step")]
+    assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
+    expected = parallel.training_bytes(policy, S.Config(dtype="bfloat16" if rank else "float32", lora_rank=rank))["held"]
+    assert sum(x.untyped_storage().nbytes() for x in live) == expected
