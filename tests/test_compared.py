@@ -214,11 +214,14 @@ def test_ppo_makes_rewarded_episodes_likelier(tmp_path, monkeypatch):
 def test_both_rewards_weigh_alike_and_the_discriminator_judges_other_tasks(tmp_path, monkeypatch):
     gae, seen = losses.gae, []
     monkeypatch.setattr(losses, "gae", lambda rewards, values, gamma, lam, last=0.0: seen.append(rewards.clone()) or gae(rewards, values, gamma, lam, last))
-    learner = made_learner(tmp_path, monkeypatch, lambda t, n: changed(t, n, float(n % 2)) if n % 3 else copy_of(t, t.steps[:2], 0.0),
+    learner = made_learner(tmp_path, monkeypatch, lambda t, n: changed(t, n, float(n % 2)) if n % 3 else
+                           copy_of(t, t.steps[:2], 0.0, truncated=True, last="Nothing happens."),
                            "--method", "stepagent-inverse", "--reward", "both")
     episodes, _ = compared.own_pool(learner, 1)
     final = torch.tensor([t.reward for t in episodes])
     steps = torch.tensor([r.sum() for r in seen[:len(episodes)]]) - final
+    cut = [r for t, r in zip(episodes, seen) if t.truncated]
+    assert cut and all(len(r) == 3 and r[:2].abs().min() > 0 and r[2] == 0 for r in cut)       # its last state is not rewarded
     assert steps.std(unbiased=False).item() == pytest.approx(final.std(unbiased=False).item(), rel=1e-4)
     kinds = [row["phase"] for row in metrics(learner.run.out)]
     assert {"inspect", "discriminate", "explore", "judge"} <= set(kinds)
