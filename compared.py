@@ -54,6 +54,8 @@ def explore(learner, i: int) -> None:
     samples = c.samples or (4 if learns_from_successes else 1)
     episodes = [t for n in range(samples) for t in learner.play(tasks, f"iteration {i}: episodes {n + 1} of {samples}", learner.prompt, heat,
                                                                stable_seed(c.seed, "explore", i, n)) if not t.info.get("unplayable")]
+    if not episodes:
+        raise InputError(f"iteration {i}: the world failed in all episodes; see the messages above")
     learner.write_episodes(f"iter_{i}/episodes.jsonl", episodes, ids=True)
     reward = [t.reward for t in episodes]
     run.log("explore", i, 0, episodes=len(episodes), success=sum(r >= 1 for r in reward) / len(reward), reward=sum(reward) / len(reward),
@@ -185,8 +187,9 @@ def judge(learner, i: int, reward: str) -> None:
     the state's last token, never the action's; it is fitted to the returns, in two folds by task, each judged by the other's."""
     c, run, figures = learner.run.config, learner.run, defaultdict(float)
     episodes, pool = own_pool(learner, i)
-    if len(episodes) < 4:
-        raise InputError(f"{len(episodes)} episodes are too few for two value heads; give at least 4 train tasks")
+    places = {learner.place[t.task_id] for t in episodes}
+    if min(sum(x % 2 == fold for x in places) for fold in (0, 1)) < 2:
+        raise InputError(f"episodes of {len(places)} tasks are too few for two value heads; give more train tasks")
     rows = score_pool(learner, pool, f"iteration {i}: values")
     n = [len(t.steps) for t in episodes]
     owner = torch.repeat_interleave(torch.tensor([len(t.spans) for t in pool]))                    # [S] episode of each step
@@ -204,7 +207,7 @@ def judge(learner, i: int, reward: str) -> None:
         rewards[~real] = 0
         sums = torch.zeros(len(pool)).index_add(0, owner, rewards)
         spread = [x.std(unbiased=False).item() for x in (final, sums)]
-        rewards *= (spread[0] or 1.0) / max(spread[1], 1e-6)
+        rewards *= (spread[0] if spread[0] > 1e-3 else 1.0) / max(spread[1], 1e-6)
     ends = torch.tensor([len(t.spans) for t in pool]).cumsum(0)
     starts = ends - torch.tensor([len(t.spans) for t in pool])
     rewards[starts + torch.tensor(n) - 1] += final
@@ -213,6 +216,7 @@ def judge(learner, i: int, reward: str) -> None:
     for fold in (0, 1):
         v = Head.load_or_make(run.path(f"iter_{i - 1}/value_{fold}.safetensors"), states.shape[1], stable_seed(c.seed, "V", fold))
         learn, held, test = two_folds(tasks, fold)
+        learn, held = learn[real[learn]], held[real[held]]                         # what comes after a cut was not seen: no target there
         fit(v, states[learn], lambda s: losses.value_loss(v(states[s]), returns[s])[0], learn, held, c.d_lr, stable_seed(c.seed, i, fold),
             figures, "value")
         with torch.no_grad():
@@ -220,8 +224,8 @@ def judge(learner, i: int, reward: str) -> None:
         if run.rank == 0:
             write_tensors(run.path(f"iter_{i}/value_{fold}.safetensors"), v.state_dict())
     advantages = torch.zeros(len(owner))
-    for a, k, b in zip(starts.tolist(), n, ends.tolist()):
-        last = values[a + k].item() if b > a + k else 0.0                          # a truncated episode is bootstrapped
+    for a, k, b, got in zip(starts.tolist(), n, ends.tolist(), final.tolist()):
+        last = max(0.0, values[a + k].item() - got) if b > a + k else 0.0          # a truncated episode: what more would have come
         advantages[a:a + k] = losses.gae(rewards[a:a + k], values[a:a + k], c.gamma, c.gae_lambda, last)
     advantages[real] = losses.whiten(advantages[real])
     if run.rank == 0:

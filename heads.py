@@ -40,7 +40,7 @@ def two_folds(tasks: Tensor, fold: int) -> tuple[Tensor, Tensor, Tensor]:
     tasks [S]: the place of each step's task in a fixed random order."""
     other = tasks % 2 != fold
     held = other & (tasks // 2 % 5 == 0)
-    learn = other & ~held
+    learn = other & ~held if (other & ~held).any() else other
     return *(x.nonzero()[:, 0] for x in (learn, held if held.any() else learn, ~other)),
 
 

@@ -165,9 +165,10 @@ def test_nat_marks_success_and_failure_and_plays_with_the_first(tmp_path, monkey
 
 # ---- PPO on whole episodes
 
-def constant_heads(monkeypatch, value):
-    """Value heads that say `value`, whatever they see."""
-    def fit(head, *rest):
+def constant_heads(monkeypatch, value, fitted):
+    """Value heads that say `value`, whatever they see; fitted: the steps that they are fitted to."""
+    def fit(head, features, loss_on, learn, held, *rest):
+        fitted.extend([*learn.tolist(), *held.tolist()])
         for p in head.parameters():
             p.data.zero_()
         head.mlp[-1].bias.data.fill_(value)
@@ -175,8 +176,9 @@ def constant_heads(monkeypatch, value):
 
 
 def test_advantages_of_whole_episodes_by_hand(tmp_path, monkeypatch):
-    """V = 0.5 everywhere, gamma 1, lambda 0.95. Success: the last delta is 1 - 0.5. Cut off: its last state's value stands in, delta 0."""
-    constant_heads(monkeypatch, 0.5)
+    """V = 0.5 everywhere, gamma 1, lambda 0.95. Success: the last delta is 1 - 0.5. Cut off: its last state's value stands in, delta 0; it
+    is no target of the value head."""
+    constant_heads(monkeypatch, 0.5, fitted := [])
     learner = made_learner(tmp_path, monkeypatch, lambda t, n: copy_of(t) if n % 2 else
                            copy_of(t, t.steps[:3], 0.0, truncated=n > 0, last="Nothing happens."), "--method", "ppo")
     saved = load_file(learner.run.path("iter_1/advantages.safetensors"))
@@ -188,9 +190,21 @@ def test_advantages_of_whole_episodes_by_hand(tmp_path, monkeypatch):
         expected += [0.95 ** (k - 1 - j) * delta[-1] for j in range(k)]
         real += [True] * k + [False] * (n in (2, 4))
         assert len(pool[n].spans) == k + (n in (2, 4))
-    assert saved["real"].tolist() == real
+    assert saved["real"].tolist() == real and set(fitted) == {j for j, x in enumerate(real) if x}
     assert torch.allclose(saved["advantages"][saved["real"]], losses.whiten(torch.tensor(expected)), atol=1e-5)
     assert not saved["advantages"][~saved["real"]].any()
+
+
+def test_a_cut_episode_is_not_paid_twice(tmp_path, monkeypatch):
+    """Reward 0.6 at the cut and V = 0.7 there: 0.1 more would have come; V below the reward adds nothing."""
+    for value, more in ((0.7, 0.1), (0.2, 0.0)):
+        constant_heads(monkeypatch, value, [])
+        seen, gae = [], losses.gae
+        monkeypatch.setattr(losses, "gae", lambda rewards, values, gamma, lam, last=0.0: seen.append(last) or gae(rewards, values, gamma, lam, last))
+        made_learner(tmp_path / str(value), monkeypatch, lambda t, n: copy_of(t, t.steps[:3], 0.6, truncated=True, last="Nothing happens."),
+                     "--method", "ppo")
+        assert seen[6:] == pytest.approx([more] * 6, abs=1e-6)
+        monkeypatch.setattr(losses, "gae", gae)
 
 
 def test_ppo_makes_rewarded_episodes_likelier(tmp_path, monkeypatch):
