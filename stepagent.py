@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 stepagent.py --env scienceworld --model HuggingFaceTB/SmolLM2-1.7B-Instruct \\
              --method stepagent-inverse --out runs/y
 
-`main` is Algorithm 1; what StepAgent is compared with lives in compared.py. The same command again continues after the last finished
-phase. Where the paper is silent or contradicts itself, we read it as follows:
+`main` is Algorithm 1; what StepAgent is compared with lives in compared.py. The same command again continues a stopped run, to the same
+result. Where the paper is silent or contradicts itself, we read it as follows:
 
  1. Sign of D. D = P(expert). Eq. 11 minimised as it stands is unbounded; D minimises the cross-entropy -E_expert[log D] -
     E_agent[log(1 - D)] and the reward is log D, which rises with expert-likeness. Eq. 9-10 label D the other way round (log D a
