@@ -46,7 +46,7 @@ def two_folds(tasks: Tensor, fold: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def fit(head: Head, features: Tensor, loss_on, learn: Tensor, held: Tensor, lr: float, seed: int, figures: dict, name: str,
         most: int = 50, patience: int = 3) -> None:
-    """Adam, passes until the held-out loss has not fallen for `patience` of them; the head keeps its best weights. features: what the
+    """Adam, until the held-out loss has not fallen for more than `patience` passes; the head keeps its best weights. features: what the
     input is standardised by; loss_on(step numbers) -> loss. Half of what it reports is added to figures, as there are two folds."""
     head.mean, head.std = features.mean(0), features.std(0) + 1e-6
     optimizer, gen = torch.optim.Adam(head.mlp.parameters(), lr=lr), torch.Generator().manual_seed(seed)

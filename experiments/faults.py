@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E
 
 import envs  # noqa: E402
 import parallel  # noqa: E402
+from model import make_tiny  # noqa: E402
 
 ENVIRONMENT = "receptacles=5 distractors=2 max_steps=13"
 WORDS = ["--env-options", ENVIRONMENT, "--experts", "6", "--sft-experts", "6", "--practice-experts", "6", "--sft-epochs", "1", "--sft-batch", "2",
@@ -39,7 +40,7 @@ WORDS = ["--env-options", ENVIRONMENT, "--experts", "6", "--sft-experts", "6", "
 
 def small_model(folder: Path) -> None:
     env = envs.make_env("household", **envs.env_options(ENVIRONMENT))
-    parallel.make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
+    make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -197,7 +198,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         small_model(work / "tiny-two-layers")
-        lines = ["| fault | processes | times | outcome |", "|---|---|---|---|"]
+        lines = [f"`python experiments/faults.py --kills {a.kills} --damages {a.damages} --soak {a.soak:g}`, torch {torch.__version__}, gloo; a miniature "
+                 "household, a checkpoint after every update.", "", "| fault | processes | times | outcome |", "|---|---|---|---|"]
         lines += kills(work, work / "tiny-two-layers", a.kills)
         lines += damage(work, work / "tiny-two-layers", a.damages) + full_disk(work, work / "tiny-two-layers")
         if a.soak:

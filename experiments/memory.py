@@ -1,5 +1,5 @@
 """What fits where: bytes per device of an update and of generation, by the arithmetic that stepagent.py itself decides by
-(parallel.training_bytes), with the parameters of each model counted on the meta device. -> experiments/results/memory.md
+(model.training_bytes), with the parameters of each model counted on the meta device. -> experiments/results/memory.md
 
     python experiments/memory.py
 """
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from parallel import LoRA, training_bytes, write_text  # noqa: E402
+from model import LoRA, training_bytes  # noqa: E402
+from parallel import write_text  # noqa: E402
 from rollout import kv_bytes  # noqa: E402
 from stepagent import Config  # noqa: E402
 

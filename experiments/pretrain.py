@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs import OBJECTS, STATION, TASK_TYPES, House, HouseholdEpisode, kind, make_env  # noqa: E402
 from rollout import Encoded, Step, Trajectory, score  # noqa: E402
-from parallel import make_tiny  # noqa: E402
+from model import make_tiny  # noqa: E402
 
 
 def random_play(env, seed: str, turns: int = 14) -> Trajectory:

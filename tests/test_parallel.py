@@ -3,13 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import envs
 import parallel
 import stepagent as S
+from model import add_lora, make_tiny, must_shard, read_policy, training_bytes
 from ranks import finish, start
-from rollout import InputError, encode, score
+from rollout import InputError, encode, score, use_tree_attention
 from test_stepagent import MINIATURE, QUIET, alike, distance, metrics, run, same_bits, weights
 
 SEVEN = ["--experts", "7", "--sft-experts", "7", "--practice-experts", "7", "--sft-batch", "3", "--iterations", "1"]
@@ -21,7 +23,7 @@ def model(tmp_path_factory):
     """Two layers of width 32, and words for tokens. Its folder's name brings the tiny defaults."""
     folder = tmp_path_factory.mktemp("models") / "tiny-two-layers"
     env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
-    parallel.make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
+    make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -80,19 +82,19 @@ def test_shares_are_balanced_whole_and_the_same_everywhere():
 def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
     """auto: where an update does not fit on one device. 1M tokens a pass stand in for a large model."""
     from types import SimpleNamespace
-    policy, _ = parallel.read_policy(model)
+    policy, _ = read_policy(model)
     p = sum(x.numel() for x in policy.parameters())
     fake = lambda world, memory, **options: SimpleNamespace(world=world, memory=lambda: memory, split=lambda: world,
                                                             config=S.Config(model=model, dtype="float32", **options))
-    need = parallel.training_bytes(policy, S.Config(dtype="float32"))
+    need = training_bytes(policy, S.Config(dtype="float32"))
     assert need["held"] == 16 * p and need["generate"] == 4 * p < need["update"]
-    assert not parallel.must_shard(fake(2, 1.2 * need["update"]), policy) and parallel.must_shard(fake(2, 0.8 * need["update"]), policy)
-    assert not parallel.must_shard(fake(1, need["update"], shard="true"), policy) and parallel.must_shard(fake(2, 1e12, shard="true"), policy)
-    assert not parallel.must_shard(fake(2, 0.8 * need["update"], shard="false"), policy)
+    assert not must_shard(fake(2, 1.2 * need["update"]), policy) and must_shard(fake(2, 0.8 * need["update"]), policy)
+    assert not must_shard(fake(1, need["update"], shard="true"), policy) and must_shard(fake(2, 1e12, shard="true"), policy)
+    assert not must_shard(fake(2, 0.8 * need["update"], shard="false"), policy)
     with pytest.raises(InputError, match=r"weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"):
-        parallel.must_shard(fake(2, 8 * p, shard="false"), policy)
+        must_shard(fake(2, 8 * p, shard="false"), policy)
     with pytest.raises(InputError, match="the weights that practice and evaluation read need .* take more devices, or --lora-rank 16"):
-        parallel.must_shard(fake(64, 4 * p), policy)
+        must_shard(fake(64, 4 * p), policy)
 
 
 # ---- LoRA
@@ -103,16 +105,16 @@ LORA = ["--lora-rank", "3", "--sft-lr", "1e-2", "--lr", "1e-2", "--iterations", 
 def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model):
     """Over SFT and reflection the frozen weights keep their bits, the saved folder computes what the adapted policy did."""
     out = run(tmp_path / "x", *QUIET, *LORA, "--model", model)
-    base, tokenizer = parallel.read_policy(model)
+    base, tokenizer = read_policy(model)
     saved = AutoModelForCausalLM.from_pretrained(out / "policy")
-    adapters = parallel.load_file(out / "policy" / "lora.safetensors")
+    adapters = load_file(out / "policy" / "lora.safetensors")
     assert len(adapters) == 2 * 2 * 7 and all(x.dtype == torch.float32 and x.abs().sum() > 0 for x in adapters.values())
     adapted = {name[:-2] for name in adapters}
     for name, x in base.state_dict().items():
         whole = x + 2 * adapters[f"{name[:-7]}.B"] @ adapters[f"{name[:-7]}.A"] if name[:-7] in adapted else x
         assert torch.allclose(saved.state_dict()[name], whole, atol=1e-6), name
-    parallel.use_tree_attention(base)
-    parallel.add_lora(base, 3, 0)
+    use_tree_attention(base)
+    add_lora(base, 3, 0)
     base.load_state_dict(adapters, strict=False)
     env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
     data = [encode(env.expert(task), tokenizer) for task in envs.some(env.splits["train"], 3)]
@@ -125,8 +127,8 @@ def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model):
 def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model):
     """A merge rounded to bfloat16 would lose most of what small rates learn."""
     out = run(tmp_path / "x", *QUIET, *LORA, "--model", model, "--dtype", "bfloat16", "--checkpointing", "true")
-    base, saved = parallel.read_policy(model, torch.bfloat16)[0], AutoModelForCausalLM.from_pretrained(out / "policy")
-    adapters = parallel.load_file(out / "policy" / "lora.safetensors")
+    base, saved = read_policy(model, torch.bfloat16)[0], AutoModelForCausalLM.from_pretrained(out / "policy")
+    adapters = load_file(out / "policy" / "lora.safetensors")
     name = "model.layers.1.mlp.up_proj"
     whole = base.get_submodule(name).weight.float() + 2 * adapters[f"{name}.B"] @ adapters[f"{name}.A"]
     found = saved.get_submodule(name).weight
@@ -137,9 +139,9 @@ def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model):
 
 
 def test_an_adapter_starts_as_nothing(model):
-    plain, tokenizer = parallel.read_policy(model)
-    adapted, _ = parallel.read_policy(model)
-    parallel.add_lora(adapted, 4, 0)
+    plain, tokenizer = read_policy(model)
+    adapted, _ = read_policy(model)
+    add_lora(adapted, 4, 0)
     ids = torch.arange(20)[None]
     assert torch.equal(plain(ids).logits, adapted(ids).logits)
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(
@@ -203,10 +205,10 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, model, alone, shar
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_memory_held_is_what_lives_after_an_update(model, rank):
-    policy, tokenizer = parallel.read_policy(model, torch.bfloat16 if rank else torch.float32)
-    parallel.use_tree_attention(policy)
+    policy, tokenizer = read_policy(model, torch.bfloat16 if rank else torch.float32)
+    use_tree_attention(policy)
     if rank:
-        parallel.add_lora(policy, rank, 0)
+        add_lora(policy, rank, 0)
     env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
     learnt = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=1e-3)
@@ -215,5 +217,5 @@ def test_memory_held_is_what_lives_after_an_update(model, rank):
     optimizer.step()
     live = [*policy.parameters(), *(p.grad for p in learnt), *(x for p in learnt for name, x in optimizer.state[p].items() if name != "step")]
     assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
-    expected = parallel.training_bytes(policy, S.Config(dtype="bfloat16" if rank else "float32", lora_rank=rank))["held"]
+    expected = training_bytes(policy, S.Config(dtype="bfloat16" if rank else "float32", lora_rank=rank))["held"]
     assert sum(x.untyped_storage().nbytes() for x in live) == expected

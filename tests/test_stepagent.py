@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 import envs
 import losses
 import naive
-import parallel
 import stepagent as S
 import tiny
+from model import make_tiny
 from rollout import Encoded, InputError, Step, Trajectory, encode, episode_figures, score
 
 ROOT = Path(S.__file__).resolve().parent
@@ -560,7 +560,7 @@ def test_end_to_end_sft_learns_a_miniature_world_and_a_reflection_iteration_foll
     monkeypatch.setattr(envs, "RECEPTACLES", {r: (1, envs.RECEPTACLES[r][1]) for r in places})
     options = {"receptacles": 5, "distractors": 0, "likely": 1.0, "max_steps": 12}
     env = envs.make_env("household", **options)
-    parallel.make_tiny([env.expert(f"train-{i}") for i in range(200)], tmp_path / "tiny-model", 0)
+    make_tiny([env.expert(f"train-{i}") for i in range(200)], tmp_path / "tiny-model", 0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny-model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
