@@ -36,7 +36,8 @@ from torch import Tensor
 
 import losses
 from heads import Head, fit, two_folds
-from parallel import forget, read_text, write_tensors
+from model import forget
+from parallel import read_text, write_tensors
 from rollout import Encoded, InputError, Step, Trajectory, encode, grouped, score, stable_seed, stop_ids
 
 MARKS = {True: "What follows solves the task.", False: "What follows fails at the task."}
@@ -53,9 +54,9 @@ def explore(learner, i: int) -> None:
     heat = c.explore_temperature if learns_from_successes or c.method == "eto" else c.temperature
     samples = c.samples or (4 if learns_from_successes else 1)
     episodes = [t for n in range(samples) for t in learner.play(tasks, f"iteration {i}: episodes {n + 1} of {samples}", learner.prompt, heat,
-                                                               stable_seed(c.seed, "explore", i, n)) if not t.info.get("unplayable")]
+                                                               stable_seed(c.seed, "explore", i, n)) if t.steps and not t.info.get("unplayable")]
     if not episodes:
-        raise InputError(f"iteration {i}: the world failed in all episodes; see the messages above")
+        raise InputError(f"iteration {i}: no episode came about: the world failed in all (see the messages above), or the prompt fills the context")
     learner.write_episodes(f"iter_{i}/episodes.jsonl", episodes, ids=True)
     reward = [t.reward for t in episodes]
     run.log("explore", i, 0, episodes=len(episodes), success=sum(r >= 1 for r in reward) / len(reward), reward=sum(reward) / len(reward),
@@ -67,12 +68,12 @@ def load_episodes(learner, i: int) -> list[Trajectory]:
     """Those of iteration i, with the ids that the policy sampled."""
     rows = map(json.loads, read_text(learner.run.path(f"iter_{i}/episodes.jsonl")).split("\n")[:-1])     # splitlines() cuts at U+2028, too
     return [Trajectory(r["task_id"], learner.prompt, [Step(s["observation"], s["action"], s["ids"]) for s in r["steps"]], r["reward"],
-                       r["truncated"], last=r["last"]) for r in rows if r["steps"]]
+                       r["truncated"], last=r["last"]) for r in rows]
 
 
-def score_pool(learner, pool: list[Encoded], label: str) -> list[dict[str, Tensor]]:
+def score_pool(learner, pool: list[Encoded], label: str, features: bool) -> list[dict[str, Tensor]]:
     """One pass of the training forward over whole trajectories, shared among the ranks. Each gives: steps [n] summed log-probs of its
-    actions, tokens [action tokens] log-probs, state and action [n, d] hidden states."""
+    actions, tokens [action tokens] log-probs; with features, state and action [n, d] hidden states."""
     run, rows = learner.run, {}
     mine = sorted(run.shares(range(len(pool)), lambda j: len(pool[j].ids))[run.rank], key=lambda j: len(pool[j].ids))
     learner.policy.eval()
@@ -80,9 +81,10 @@ def score_pool(learner, pool: list[Encoded], label: str) -> list[dict[str, Tenso
         for micro in grouped(mine, lambda j: len(pool[j].ids), run.config.micro_tokens):
             scores = score(learner.policy, [pool[j] for j in micro])
             steps, tokens = [len(pool[j].spans) for j in micro], [sum(e - s for s, e in pool[j].spans) for j in micro]
-            parts = zip(scores.trunk.split(steps), scores.trunk_tokens.split(tokens), scores.state_hidden.float().split(steps),
-                        scores.trunk_hidden.float().split(steps))
-            rows |= {j: dict(zip(("steps", "tokens", "state", "action"), (x.cpu() for x in part))) for j, part in zip(micro, parts)}
+            parts = {"steps": scores.trunk.split(steps), "tokens": scores.trunk_tokens.split(tokens)}
+            if features:
+                parts |= {"state": scores.state_hidden.float().split(steps), "action": scores.trunk_hidden.float().split(steps)}
+            rows |= {j: {name: part[n].cpu() for name, part in parts.items()} for n, j in enumerate(micro)}
             bar.update(len(micro))
     for part in run.gather(rows):
         rows |= part
@@ -116,7 +118,7 @@ def text(t: Trajectory) -> tuple[str, ...]:
 def pair(learner, i: int) -> None:
     """Reference log-probs of the pairs' trajectories, in iter_<i>/pairs.safetensors."""
     pairs = trajectory_pairs(learner, i)
-    rows = score_pool(learner, [t for both in pairs for t in both], f"iteration {i}: reference")
+    rows = score_pool(learner, [t for both in pairs for t in both], f"iteration {i}: reference", False)
     if learner.run.rank == 0:
         write_tensors(learner.run.path(f"iter_{i}/pairs.safetensors"),
                       {"reference": torch.tensor([row["steps"].sum() for row in rows]).view(-1, 2)})
@@ -157,16 +159,19 @@ def retrain(learner, i: int) -> None:
         if (t.task_id, text(t)) not in seen and (c.method == "nat" or t.reward >= c.success):
             seen.add((t.task_id, text(t)))
             own.append(t)
-    every = [*learner.experts, *own]
+    fits = lambda item: len(item.ids) <= learner.policy.config.max_position_embeddings
     if c.method == "nat":
-        right = [True] * len(learner.experts) + [t.reward >= c.success for t in own]
-        pool = [encode(replace(t, prompt=marked(learner.prompt, good)), learner.tokenizer) for t, good in zip(every, right)]
+        mark = lambda t, good: encode(replace(t, prompt=marked(learner.prompt, good)), learner.tokenizer)
+        pool, added = [mark(t, True) for t in learner.experts], [mark(t, t.reward >= c.success) for t in own]
     else:
-        pool = learner.data + [encode(t, learner.tokenizer) for t in own]
+        pool, added = learner.data, [encode(t, learner.tokenizer) for t in own]
+    if long := [item.task_id for item in pool if not fits(item)]:
+        raise InputError(f"trajectory {long[0]} and NAT's mark are longer than the model's context; remove it from the expert data")
+    own, added = [t for t, item in zip(own, added) if fits(item)], list(filter(fits, added))           # a mark may be one word too many
     learner.run.log("retrain", i, 0, expert_trajectories=len(learner.experts), own_trajectories=len(own),
                     own_successes=sum(t.reward >= c.success for t in own))
     forget(learner.run, learner.policy)
-    learner.imitate(pool, f"iter_{i}/policy")
+    learner.imitate(pool + added, f"iter_{i}/policy")
 
 
 # ------------------------------------------------------------------------------------------------- PPO on whole episodes (Table 3)
@@ -190,7 +195,7 @@ def judge(learner, i: int, reward: str) -> None:
     places = {learner.place[t.task_id] for t in episodes}
     if min(sum(x % 2 == fold for x in places) for fold in (0, 1)) < 2:
         raise InputError(f"episodes of {len(places)} tasks are too few for two value heads; give more train tasks")
-    rows = score_pool(learner, pool, f"iteration {i}: values")
+    rows = score_pool(learner, pool, f"iteration {i}: values", True)
     n = [len(t.steps) for t in episodes]
     owner = torch.repeat_interleave(torch.tensor([len(t.spans) for t in pool]))                    # [S] episode of each step
     real = torch.cat([torch.arange(len(t.spans)) < k for t, k in zip(pool, n)])                    # [S] false: a truncated one's last state

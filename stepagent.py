@@ -66,7 +66,8 @@ import compared
 import losses
 from envs import env_options, load_trajectories, make_env, parse_action, prompt_messages, some
 from heads import Head, fit, two_folds
-from parallel import Run, load_policy, program, read_text, save_policy, write_tensors, write_text
+from model import load_policy, save_policy
+from parallel import Run, program, read_text, write_tensors, write_text
 from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, kv_bytes, practice, run_episodes, score, stable_seed,
                      stop_ids)
 
@@ -572,6 +573,10 @@ def load_experts(run: Run):
         experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
     if not experts:
         raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
+    plays = c.method in ("ppo", "dpo", "rft", "spin", "nat", "eto") or c.reward != "step"
+    if c.expert and plays and (strange := {t.task_id for t in experts} - set().union(*env.splits.values())):
+        raise InputError(f"{c.expert}: {min(strange)!r} is no task of {c.env}, but {c.method} plays the tasks of the expert file; name them "
+                         f"as the environment does, such as {env.splits['train'][0]!r}")
     given = c.expert and experts[0].prompt
     prompt = experts[0].prompt if given else prompt_messages(env) if c.prompt == "full" else []
     for t in experts:

@@ -66,9 +66,55 @@ def test_how_many_episodes_are_played_and_how(method, temperature, samples, monk
     learner = SimpleNamespace(
         run=SimpleNamespace(config=S.parse(["--method", method]), log=lambda *_, **__: None), policy=torch.nn.Linear(1, 1), prompt=[],
         experts=[Trajectory("a"), Trajectory("b"), Trajectory("c")], practised=[1, 2], write_episodes=lambda *_, **__: None,
-        play=lambda tasks, label, prompt, heat, seed: played.append((tuple(tasks), heat, seed)) or [Trajectory(t) for t in tasks])
+        play=lambda tasks, label, prompt, heat, seed: played.append((tuple(tasks), heat, seed)) or [
+            Trajectory(t, steps=[Step("o", "a", [1])]) for t in tasks])
     compared.explore(learner, 1)
     assert [(tasks, heat) for tasks, heat, _ in played] == [(("b", "c"), temperature)] * samples and len({s for *_, s in played}) == samples
+
+
+def test_an_episode_that_never_began_is_not_counted(monkeypatch):
+    kept, never = [], [Trajectory("b", truncated=True, info={"outgrown": 1})]
+    learner = SimpleNamespace(
+        run=SimpleNamespace(config=S.parse(["--method", "dpo"]), log=lambda *_, **figures: kept.append(figures["episodes"])),
+        policy=torch.nn.Linear(1, 1), prompt=[], experts=[Trajectory("a"), Trajectory("b")], practised=[0, 1],
+        write_episodes=lambda name, episodes, ids: kept.append(len(episodes)),
+        play=lambda *_: [Trajectory("a", steps=[Step("o", "a", [1])]), *never])
+    compared.explore(learner, 1)
+    assert kept == [1, 1]
+    learner.play = lambda *_: never
+    with pytest.raises(InputError, match="no episode came about"):
+        compared.explore(learner, 1)
+
+
+def test_methods_that_play_the_expert_file_s_tasks_want_them_named_as_the_environment_does(tmp_path):
+    trajectory = envs.make_env("household").expert("train-0")
+    trajectory.task_id = "a task of ETO's"
+    envs.save_trajectories(str(tmp_path / "own.jsonl"), [trajectory])
+    with pytest.raises(InputError, match="\"a task of ETO's\" is no task of household, but dpo plays .* such as 'train-0'"):
+        run(tmp_path / "x", *ONE, "--method", "dpo", "--expert", str(tmp_path / "own.jsonl"))
+
+
+@pytest.mark.parametrize("method", ["rft", "nat"])
+def test_a_start_with_another_tokenizer_than_the_model_s_is_refused(tmp_path, method):
+    out = run(tmp_path / "x", *QUIET, "--method", "base")
+    with pytest.raises(InputError, match="its tokenizer is not the one of --model"):
+        run(tmp_path / "y", *ONE, "--method", method, "--init", str(out / "policy"), "--model", str(S.Path(S.__file__).parent / "models/tiny-household"))
+
+
+def test_an_own_episode_that_a_mark_makes_longer_than_the_context_is_not_trained(tmp_path, monkeypatch):
+    forge(monkeypatch, lambda t, n: changed(t, n, 0.0))
+    added, imitate = [], S.Learner.imitate
+
+    def narrow(learner, pool=None, *more):
+        added.append(len(pool or ()))
+        return imitate(learner, pool, *more)
+    monkeypatch.setattr(S.Learner, "imitate", narrow)
+    marked = compared.marked
+    monkeypatch.setattr(compared, "marked", lambda prompt, good: marked(prompt, good) if good else
+                        [{"role": "user", "content": "too long " * 2000}, {"role": "assistant", "content": "OK"}])
+    out = run(tmp_path / "x", *ONE, "--method", "nat", "--samples", "1")
+    [row] = metrics(out, "retrain")
+    assert row["own_trajectories"] == 0 and added[-1] == row["expert_trajectories"] == 6
 
 
 def test_dpo_prefers_the_expert_s_trajectory_and_starts_at_log_2(tmp_path, monkeypatch):
