@@ -83,7 +83,8 @@ def load_trajectories(path: str) -> list[Trajectory]:
     - ETO's conversations, a JSON list of {"id", "conversations": [{"from": "human" | "gpt", "value"}, ...], "reward"?}: the
       instruction and the "OK" that answers it become the prompt as they stand, never supervised; the task and everything
       after it become steps. A last human turn is the world's final word, which no action answers: it is left out.
-      Without "reward" the trajectory counts as a success (1.0), as ETO keeps only those.
+      Without "reward" the trajectory counts as a success (1.0), as ETO keeps only those. Of a repeated id, which its WebShop
+      file has, the first is kept, and the other named on stderr.
     - FireAct's ReAct plays, a JSON list of {"instruction": the question, "output": "Thought: ..\\nAction: search[..]\\n
       Observation: ..", ...}: the question becomes the task id and the first observation, the environment gives the prompt. Plays
       whose last observation says "reward = False" (no exact match) are left out.
@@ -109,8 +110,11 @@ def load_trajectories(path: str) -> list[Trajectory]:
         for i, step in enumerate(trajectory.steps):
             _need(parse_action(step.action) is not None, where,
                   f'action {i} has no "Action:" (it starts {step.action[:40]!r}); write it as "Thought: ...\\nAction: ..."')
-        _need(trajectory.task_id not in first, where, f"repeats the id {trajectory.task_id!r} of "
-              f"{first.get(trajectory.task_id)}; keep one trajectory for each task")
+        if trajectory.task_id in first:
+            repeats = f"repeats the id {trajectory.task_id!r} of {first[trajectory.task_id]}"
+            _need(read is _read_conversation, where, f"{repeats}; keep one trajectory for each task")
+            print(f"{where}: {repeats}; left out", file=sys.stderr)
+            continue
         first[trajectory.task_id] = name
         if read is not _read_fireact or trajectory.reward == 1:
             trajectories.append(trajectory)
@@ -863,7 +867,9 @@ ALFWORLD_LOCK = threading.RLock()                                    # TextWorld
 
 
 def _textworld():
-    """The package, made to remember what it would parse, translate and copy again at every step. Texts stay the same."""
+    """The package, made to remember what it would parse, translate and copy again at every step, and to play one game after the other
+    with the same copy of the planner's library: unloading one while another game is open ends in a segmentation fault. Texts stay the
+    same."""
     try:
         import fast_downward
         import textworld
@@ -877,6 +883,9 @@ def _textworld():
             textgen._PARSER.parse = functools.lru_cache(4096)(textgen._PARSER.parse)         # templates
             Rule.parse_conjunctive_query = functools.lru_cache(4096)(Rule.parse_conjunctive_query)
             fast_downward.pddl2sas = functools.lru_cache(2)(fast_downward.pddl2sas)          # load and reset do the same work
+            idle, load = [], fast_downward.load_lib
+            fast_downward.load_lib = lambda: idle.pop() if idle else load()
+            fast_downward.close_lib = lambda lib: (lib.cleanup(), idle.append(lib))
             for constant in Variable, Placeholder, EntityInfo:
                 constant.__deepcopy__ = lambda self, memo: self
     return textworld, fast_downward
@@ -942,10 +951,11 @@ class ALFWorldEpisode:
         return observation, self.reward, done, {"valid": observation != "Nothing happens."}
 
     def close(self) -> None:
-        """Frees the planner's library, of which each game loads a copy of its own. Safe to repeat."""
-        game, self.game = getattr(self, "game", None), None
-        if game is not None:
-            self.planner.close_lib(game.downward_lib)
+        """Gives the planner's library back. Safe to repeat."""
+        with ALFWORLD_LOCK:
+            game, self.game = getattr(self, "game", None), None
+            if game is not None:
+                self.planner.close_lib(game.downward_lib)
 
     __del__ = close
 

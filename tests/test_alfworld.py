@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,16 @@ def test_what_is_remembered_changes_no_text(real):
     assert plays[0] == plays[1] and plays[0][2][3] == {"valid": False} and plays[0][-1][1:3] == (1.0, True)
     import fast_downward
     assert fast_downward.pddl2sas.cache_info().hits > 0
+
+
+def test_several_real_games_at_once_share_a_few_copies_of_the_planner(real):
+    """In a process of its own: unloading a copy while another game was open used to end in a segmentation fault."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport envs\nfrom concurrent.futures import ThreadPoolExecutor\n"
+            "env = envs.make_env('alfworld', workers=0)\n"
+            "def play(task):\n    episode, _ = env.start(task)\n    won = env.expert(task).reward\n    episode.close()\n    return won\n"
+            "with ThreadPoolExecutor(4) as pool: print(sum(pool.map(play, env.splits['train'][:12])))")
+    done = subprocess.run([sys.executable, "-c", code, str(Path(envs.__file__).parent)], capture_output=True, text=True)
+    assert done.stdout == "12.0\n", done.stderr[-1000:]
 
 
 def test_names_are_those_of_the_package(real):

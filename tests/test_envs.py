@@ -290,7 +290,7 @@ def conversation(*values, start=0):
     (conversation("rules", "OK", "task", "I look"), 'action 0 has no "Action:"'),
     (conversation("task", "Action: a"), "already acts"),
     ([{"conversations": []}], "'id' is missing"), ([{"id": True, "conversations": []}], "'id' is missing"),
-    ([{"id": "x"}], "'conversations' is missing"), (ETO * 2, "entry 1: repeats the id"),
+    ([{"id": "x"}], "'conversations' is missing"),
     ([ETO[0] | {"reward": None}], "'reward' is not"),
 ])
 def test_a_malformed_file_names_itself_and_the_row(tmp_path, content, says):
@@ -298,6 +298,12 @@ def test_a_malformed_file_names_itself_and_the_row(tmp_path, content, says):
     with pytest.raises(InputError, match=says) as error:
         load_trajectories(path)
     assert str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
+def test_of_a_conversation_that_is_there_twice_the_first_is_kept_and_the_other_named(tmp_path, capsys):
+    other = [ETO[0] | {"reward": 0.5}]
+    assert load_trajectories(written(tmp_path, ETO + other)) == load_trajectories(written(tmp_path, ETO))
+    assert f"entry 1: repeats the id {str(ETO[0]['id'])!r} of entry 0; left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/no/such/file.json", "/", "a\0b"])
