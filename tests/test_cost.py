@@ -1,4 +1,5 @@
 """experiments/cost.py: its parameter counts, FLOPs, token counts, bytes and token lengths against the real thing."""
+import inspect
 import itertools
 import json
 import os
@@ -18,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import envs
 import rollout
-from experiments import cost
+import stepagent
+from experiments import cost, recipe
 from rollout import Encoded, Step, Trajectory, action_ids, encode, practice, prompt_ids, score, state_ids, use_tree_attention
 
 SMALL = cost.Shape("small", 3, 64, 4, 2, 24, 160, 200)
@@ -312,3 +315,20 @@ def test_token_lengths_are_those_of_the_data():
             assert (b.first, b.observation, b.action) == pytest.approx(found[b.name], abs=0.6), b.name
         if b.name == "ScienceWorld" and prompt:
             assert b.instruction + b.example + b.first == pytest.approx(prompt, abs=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the full-size commands
+
+@pytest.mark.parametrize("name", [b.name for b in cost.BENCHMARKS])
+def test_a_full_size_command_is_one_that_the_program_takes_with_the_papers_settings(name):
+    for method in ("sft", "stepagent-implicit", "stepagent-inverse"):
+        config = stepagent.parse(recipe.command(name, method, "m", "o")[4:])
+        stepagent.check(config)
+        assert (config.sft_lr, config.sft_batch, config.sft_epochs, config.warmup) == (1e-5, 64, 4, 0.03)
+        assert (config.lr, config.batch, config.epochs, config.practice) == (5e-7, 16, 1, 3) and not config.experts
+        known = inspect.signature(envs.ENVIRONMENTS[config.env]).parameters
+        assert set(envs.env_options(config.env_options)) <= set(known)
+
+
+def test_the_page_of_full_size_commands_is_up_to_date():
+    assert recipe.page() == (Path(recipe.ROOT) / "experiments/results/recipe.md").read_text(encoding="utf-8")
