@@ -423,10 +423,11 @@ class LeafCache:
             self.trunks = {layer: (k[alive], v[alive]) for layer, (k, v) in self.trunks.items()}
         first = (counts.cumsum(0) - counts)[self.owner]
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
-        limit = self.prefix.new_zeros(len(alive), self.slots)
+        limit = self.prefix.new_full((len(alive), self.slots), -1)       # -1: an empty slot, whose output nobody reads
         limit[self.owner, self.slot] = self.prefix
-        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions, longest prefix
-        self.blocks = [(x[:, None, :, None, None], int(x.max())) for x in limit.split(-(-self.slots // 4), 1)]
+        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions; the block's
+        # shortest and longest prefix
+        self.blocks = [(x[:, None, :, None, None], int(x[x >= 0].min()), int(x.max())) for x in limit.split(-(-self.slots // 4), 1)]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:
@@ -447,14 +448,15 @@ class LeafCache:
         seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
         seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
         outs = []
-        for (limit, longest), some in zip(self.blocks, seated.split(self.blocks[0][0].shape[2], 1)):
+        for (limit, shortest, longest), some in zip(self.blocks, seated.split(self.blocks[0][0].shape[2], 1)):
             flat = some.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                # [N, H_kv, W/4 * G, D]
             scores = (flat @ keys[:, :, :longest].transpose(2, 3)).float().unflatten(2, (limit.shape[2], -1))
-            far = torch.arange(longest, device=q.device)
+            seen = 0 if window else shortest                                                   # so many are seen by all
+            far = torch.arange(seen, longest, device=q.device)
             hidden = far >= limit
             if window:
                 hidden = hidden | (far <= limit + self.length - window)
-            scores.masked_fill_(hidden, -1e30)                                                 # finite: a row may see no trunk
+            scores[..., seen:].masked_fill_(hidden, -1e30)                                     # finite: a row may see no trunk
             outs.append(_weigh(scores.flatten(2, 3), values[:, :, :longest]))
         out, lse = (torch.cat(x, 2) for x in zip(*outs))
         out, lse = (x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.owner, self.slot] for x in (out, lse))
