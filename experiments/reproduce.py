@@ -149,6 +149,8 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
 def table2(cells: Cells, seeds: list[int]) -> None:
     base = cells.add("test/base", "--method", "base", "--eval-each", "", "--eval-splits", TEST)
     runs = {"SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]}
+    runs["SFT on all 1,300"] = [cells.add(f"test/seed{s}/sft_all", "--method", "sft", "--seed", str(s), "--sft-experts", "1300", "--sft-epochs", "4",
+                                          "--eval-each", "", "--eval-splits", TEST) for s in seeds]         # what RFT and NAT add to
     runs |= {label: [cells.method(label, s, TEST) for s in seeds] for label in METHODS}
     cells.wait()
     runs = cells.finished(runs)
@@ -176,37 +178,43 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     many = {(label, k): [cells.method(label, s, TEST, "--practice", str(k), tag=f"_k{k}") if k != 3 else cells.method(label, s, TEST)
                          for s in seeds] for label in labels[:2] for k in range(1, 6)}
     cells.wait()
+    long, many = cells.finished(long), cells.finished(many)
+    success = lambda runs, splits, name="final": np.concatenate([rewards({"": runs}, s, name)[""] >= 1 for s in splits.split(",")], 1).astype(float)
+    curves = {label: [success(runs, DEV, f"eval_{i}") for i in range(10)] for label, runs in long.items()}
     figures = {"iterations": {}, "practice": {}}
-    for label in labels:
-        curve = [np.concatenate([rewards({"": long[label]}, s, f"eval_{i}")[""] >= 1 for s in DEV.split(",")], 1) for i in range(10)]
+    for label, curve in curves.items():
         logged = [rows(Path(run, "metrics.jsonl")) for run in long[label]]
         of = lambda name: [float(np.mean([r[name] for run in logged for r in run if r["iteration"] == i and name in r] or [np.nan]))
                            for i in range(1, 10)]
-        figures["iterations"][label] = {"success": [[float(x.mean()), *interval(x.astype(float))] for x in curve]} | {
+        figures["iterations"][label] = {"success": [[float(x.mean()), *interval(x)] for x in curve]} | {
             name: of(name) for name in ("match_text", "match_action", "pairs_kept", "margin", "accuracy_all", "d_auc", "log_d_agent", "log_d_gap",
                                         "entropy")}
     for (label, k), runs in many.items():
-        x = np.concatenate([rewards({"": runs}, s)[""] >= 1 for s in TEST.split(",")], 1).astype(float)
+        x = success(runs, TEST)
         figures["practice"].setdefault(label, {})[k] = [float(x.mean()), *interval(x)]
     lines = [f"Success in %, {len(seeds)} seed{'s' * (len(seeds) > 1)}; iterations on 500 dev tasks, K on 600 test tasks.", "",
-             "| iteration | " + " | ".join(map(str, range(10))) + " |", "|---" * 11 + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:.1f}" for x in figures["iterations"][label]["success"]) + " |" for label in labels]
+             "| iteration | " + " | ".join(map(str, range(10))) + " | 9 minus 0, paired |" + " 9, minus SFT+ |" * ("SFT+" in curves),
+             "|---" * (12 + ("SFT+" in curves)) + "|"]
+    for label, curve in curves.items():
+        gaps = [curve[9] - curve[0]] + [curve[9] - curves["SFT+"][9]] * ("SFT+" in curves)
+        lines.append(f"| {label} | " + " | ".join([*(f"{100 * x.mean():.1f}" for x in curve), *(cell(x, True) if x.any() else "" for x in gaps)]) + " |")
     for name in ("match_text", "pairs_kept", "margin", "d_auc", "log_d_gap"):
-        lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " |"
+        lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " | |" + " |" * ("SFT+" in curves)
                   for label, f in figures["iterations"].items() if not np.isnan(f[name]).all()]
-    lines += ["", "| K | " + " | ".join(map(str, range(1, 6))) + " |", "|---" * 6 + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:.1f} [{100 * x[1]:.1f}, {100 * x[2]:.1f}]" for x in f.values()) + " |"
-              for label, f in figures["practice"].items()]
+    if many:
+        lines += ["", "| K | " + " | ".join(map(str, range(1, 6))) + " |", "|---" * 6 + "|"]
+        lines += [f"| {label} | " + " | ".join(f"{100 * f[k][0]:.1f} [{100 * f[k][1]:.1f}, {100 * f[k][2]:.1f}]" if k in f else "not run"
+                                               for k in range(1, 6)) + " |" for label, f in figures["practice"].items()]
     write("figure4", lines, figures)
     figure, grid = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for label in labels:
-        mean, low, high = 100 * np.array(figures["iterations"][label]["success"]).T
+    for label, f in figures["iterations"].items():
+        mean, low, high = 100 * np.array(f["success"]).T
         grid[0].plot(range(10), mean, marker="o", label=label)
         grid[0].fill_between(range(10), low, high, alpha=0.15)
-        if label in figures["practice"]:
-            mean, low, high = 100 * np.array(list(figures["practice"][label].values())).T
-            grid[1].errorbar(range(1, 6), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
-        grid[2].plot(range(1, 10), 100 * np.array(figures["iterations"][label]["match_text"]), marker="o", label=label)
+        grid[2].plot(range(1, 10), 100 * np.array(f["match_text"]), marker="o", label=label)
+    for label, f in figures["practice"].items():
+        mean, low, high = 100 * np.array(list(f.values())).T
+        grid[1].errorbar(list(f), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
     for axes, title, x, y in zip(grid, ("(a) iterations, 500 dev tasks", "(b) practice number, 600 test tasks", "what practice equals"),
                                  ("iteration", "K", "iteration"), ("success, %", "success, %", "practice with the expert's text, %")):
         axes.set(title=title, xlabel=x, ylabel=y)
@@ -321,7 +329,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                         help="runs at once, one thread each (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the runs live (default: runs/reproduce)")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3)")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3, figure4)")
     parser.add_argument("--quick", action="store_true", help="miniatures, into runs/reproduce-quick: does it run at all?")
     args = parser.parse_args()
     global RESULTS
