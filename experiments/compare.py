@@ -1,13 +1,16 @@
 """One table of finished runs, with task-paired differences: python experiments/compare.py LABEL=RUN[,RUN...] ... [--to LABEL]
 
+A run is a run directory, or the file of a few kB that `keep` makes of one: each episode's reward, and figures by phase and iteration.
 Several runs of a label are its seeds, in the same order for every label. Intervals are 95% percentile bootstraps over tasks (and
 seeds, where there are several); a difference is taken task by task within a seed, so that what both share drops out.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +22,51 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
+@lru_cache(maxsize=None)
+def load(run: str) -> dict:
+    """{"seed", "metrics": rows, "eval": {"final_test": {"tasks": which, in short, "rewards": in the order of their names}, ..}}"""
+    if run.endswith(".json"):
+        return json.loads(Path(run).read_text(encoding="utf-8"))
+    played = {path.stem: sorted(rows(path), key=lambda r: r["task_id"]) for path in sorted(Path(run, "eval").glob("*.jsonl"))}
+    which = lambda episodes: hashlib.sha1("\n".join(r["task_id"] for r in episodes).encode()).hexdigest()[:12]
+    return {"seed": json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]["seed"], "metrics": rows(Path(run, "metrics.jsonl")),
+            "eval": {name: {"tasks": which(episodes), "rewards": [r["reward"] for r in episodes]} for name, episodes in played.items()}}
+
+
+def keep(run: str, file: Path) -> None:
+    """The run without its episodes' texts, and its updates as one line for each phase and iteration: their number, sums of tokens and seconds,
+    means of the rest."""
+    whole, groups, lines = load(run), {}, []
+    for r in whole["metrics"]:
+        if "grad_norm" not in r:
+            lines.append(r)
+            continue
+        key = (r["phase"], r["iteration"])
+        if key not in groups:
+            groups[key] = []
+            lines.append(groups[key])
+        groups[key].append(r)
+    total = lambda group, k: sum(r[k] for r in group) / (1 if k in ("tokens", "seconds", "trajectories") else len(group))
+    lines = [x if isinstance(x, dict) else {"phase": x[0]["phase"], "iteration": x[0]["iteration"], "updates": len(x)} | {
+        k: total(x, k) for k in x[0] if k not in ("phase", "iteration", "step", "time")} for x in lines]
+    lines = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in r.items() if k not in ("time", "by_type")} for r in lines]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(whole | {"metrics": lines}, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
 def rewards(runs: dict[str, list[str]], split: str, name: str = "final") -> dict[str, np.ndarray]:
     """label -> [seeds, tasks], the same seeds and tasks in the same order for every label, or an error."""
     found, first = {}, None
     for label, paths in runs.items():
-        episodes = [sorted(rows(Path(run, f"eval/{name}_{split}.jsonl")), key=lambda r: r["task_id"]) for run in paths]
-        seeds = [json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]["seed"] for run in paths]
-        played = (seeds, [[r["task_id"] for r in e] for e in episodes])
+        for path in paths:
+            if f"{name}_{split}" not in load(path)["eval"]:
+                sys.exit(f"error: {path} has not played {split} ({name}); let the run finish first")
+        episodes = [load(path)["eval"][f"{name}_{split}"] for path in paths]
+        played = [load(path)["seed"] for path in paths], [e["tasks"] for e in episodes]
         first = first or played
-        if played != first or any(ids != played[1][0] for ids in played[1]):
+        if played != first or len(set(played[1])) > 1:
             sys.exit(f"error: {label} has other seeds or tasks on {split} than {next(iter(runs))}; a paired table needs the same")
-        found[label] = np.array([[r["reward"] for r in e] for e in episodes])
+        found[label] = np.array([e["rewards"] for e in episodes])
     return found
 
 
@@ -49,10 +86,10 @@ def cell(x: np.ndarray, sign: bool = False) -> str:
 def spent(paths: list[str]) -> dict[str, float]:
     """Means over seeds: updates; million tokens that updates pushed through the model; thousand tokens that the agent wrote to learn
     from; minutes of sampling and training, as the run took them."""
-    every = [rows(Path(p, "metrics.jsonl")) for p in paths]
+    every = [load(p)["metrics"] for p in paths]
     mean = lambda f: float(np.mean([sum(f(r) for r in run) for run in every]))
     update = lambda r: "grad_norm" in r
-    return {"updates": mean(update), "million_tokens": mean(lambda r: r["tokens"] if update(r) else 0) / 1e6,
+    return {"updates": mean(lambda r: r.get("updates", 1) if update(r) else 0), "million_tokens": mean(lambda r: r["tokens"] if update(r) else 0) / 1e6,
             "sampled_thousand": mean(lambda r: r["tokens"] if r["phase"] == "explore" else r.get("practice_tokens", 0)) / 1e3,
             "minutes": mean(lambda r: r.get("seconds", 0)) / 60}
 
@@ -85,7 +122,7 @@ def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[st
             line.append("" if label == best else cell(together[label] - together[best], True))
         lines.append("| " + " | ".join([*line, f"{cost['updates']:.0f}", f"{cost['million_tokens']:.2f}", f"{cost['sampled_thousand']:.0f}",
                                         f"{cost['minutes']:.1f}"]) + " |")
-    matches = {label: [{r["iteration"]: r for r in rows(Path(p, "metrics.jsonl")) if r["phase"] == "inspect"} for p in paths]
+    matches = {label: [{r["iteration"]: r for r in load(p)["metrics"] if r["phase"] == "inspect"} for p in paths]
                for label, paths in runs.items()}
     inspected = [label for label in runs if any(matches[label])]
     if inspected:

@@ -9,7 +9,8 @@
     carry     how far practice at expert states carries over to the states that the agent reaches itself
     all       everything, in this order
 
-Resumes run by run, and within a run. Writes experiments/results/NAME.md, .json and, for curves, .svg. Needs experiments/requirements.txt.
+Resumes run by run, and within a run. Writes experiments/results/NAME.md, .json and, for curves, .svg, and of each run the rewards of its
+episodes (results/runs), from which `--report` makes tables and curves again without running anything. Needs experiments/requirements.txt.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from compare import cell, interval, rewards, rows, table  # noqa: E402
+from compare import cell, interval, keep, load, rewards, rows, spent, table  # noqa: E402
 from envs import HouseholdExpert, parse_action  # noqa: E402
 
 PASSES = (4, 8, 16, 32)                              # of SFT; START is where every method begins
@@ -62,17 +63,20 @@ BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
 class Cells:
     """Runs of stepagent.py, `jobs` at once with one thread each; a run waits for those that it needs."""
 
-    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household", run: bool = True, more: tuple[str, ...] = ()):
-        self.out, self.jobs, self.model, self.run, self.more = out, jobs, model, run, more
+    def __init__(self, out: Path, jobs: int, model: str = "models/tiny-household", run: bool = True, more: tuple[str, ...] = (), prefix: str = ""):
+        self.out, self.jobs, self.model, self.run, self.more, self.prefix = out, jobs, model, run, more, prefix
         self.pool = ThreadPoolExecutor(jobs)
         self.begun: dict[str, Future] = {}
+        self.kept: dict[str, Path] = {}              # run directory -> what is kept of it
 
     def add(self, name: str, *options: str, needs: tuple[str, ...] = ()) -> str:
-        """-> the run's directory."""
-        waits = [self.begun[n] for n in needs if n in self.begun]
+        """-> the run's directory, or what was kept of it (--report)."""
+        out, kept = self.out / name, RESULTS / "runs" / self.prefix / f"{name}.json"
         if name not in self.begun and self.run:
-            self.begun[name] = self.pool.submit(self._run, self.out / name, options, waits)
-        return str(self.out / name)
+            waits = [self.begun[n] for n in needs if n in self.begun]
+            self.begun[name] = self.pool.submit(self._run, out, options, waits)
+        self.kept[str(out)] = kept
+        return str(kept if not self.run and not (out / "report.md").exists() and kept.exists() else out)
 
     def _run(self, out: Path, options: tuple[str, ...], waits: list[Future]) -> None:
         for other in waits:
@@ -91,8 +95,11 @@ class Cells:
             run.result()                             # raises what the run raised
 
     def finished(self, runs: dict) -> dict:
-        """Those whose every seed is finished: with --report others may not be."""
-        return {key: paths for key, paths in runs.items() if all(Path(p, "report.md").exists() for p in paths)}
+        """Those whose every seed is finished: with --report others may not be. Keeps what tables need of them."""
+        done = {key: paths for key, paths in runs.items() if all(p.endswith(".json") or Path(p, "report.md").exists() for p in paths)}
+        for path in {p for paths in done.values() for p in paths if not p.endswith(".json")}:
+            keep(path, self.kept[path])
+        return done
 
     def sft(self, seed: int, splits: str, passes: int = START) -> tuple[str, list[str]]:
         """-> name and options of the start that all methods of a seed share."""
@@ -106,9 +113,10 @@ class Cells:
         rate = rate or RATES[label]
         name, needs = f"{splits.split(',')[0]}/seed{seed}/{label.lower()}{tag}", (start,)
         if label == "SFT+":
-            twin = self.method("StepAgent-Implicit", seed, splits, *more, tag=tag if not tag.startswith("_lr") else f"_lr{GRID[2]}",
-                               rate=GRID[2] if tag.startswith("_lr") else None)
-            options, needs = [*options, "--match", twin], (start, str(Path(twin).relative_to(self.out)))
+            like = f"_lr{RATES['StepAgent-Implicit']}" if tag.startswith("_lr") else tag
+            self.method("StepAgent-Implicit", seed, splits, *more, tag=like)
+            twin = f"{splits.split(',')[0]}/seed{seed}/stepagent-implicit{like}"
+            options, needs = [*options, "--match", str(self.out / twin)], (start, twin)
         return self.add(name, *METHODS[label], *options, *(["--lr", rate] if rate else []), *more, needs=needs)
 
 
@@ -125,7 +133,7 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
     lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
              "| SFT passes | updates | success |", "|---|---|---|"]
     for n in (n for n in PASSES if sft[n] in done):
-        x, updates = success(sft[n]), sum("grad_norm" in r for r in rows(Path(sft[n], "metrics.jsonl")))
+        x, updates = success(sft[n]), round(spent([sft[n]])["updates"])
         figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
         lines.append(f"| {n} | {updates} | {cell(x)} |")
     lines += ["", f"| from SFT of {START} passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
@@ -183,7 +191,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     curves = {label: [success(runs, DEV, f"eval_{i}") for i in range(10)] for label, runs in long.items()}
     figures = {"iterations": {}, "practice": {}}
     for label, curve in curves.items():
-        logged = [rows(Path(run, "metrics.jsonl")) for run in long[label]]
+        logged = [load(run)["metrics"] for run in long[label]]
         of = lambda name: [float(np.mean([r[name] for run in logged for r in run if r["iteration"] == i and name in r] or [np.nan]))
                            for i in range(1, 10)]
         figures["iterations"][label] = {"success": [[float(x.mean()), *interval(x)] for x in curve]} | {
@@ -224,7 +232,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
 
 
 def sizes(cells: Cells, seeds: list[int]) -> None:
-    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run, cells.more)
+    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run, cells.more, "small")
     labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
     runs = {}
     for size, of in (("0.25M", small), ("0.85M", cells)):
@@ -232,6 +240,8 @@ def sizes(cells: Cells, seeds: list[int]) -> None:
         runs |= {f"{label}, {size}": [of.method(label, s, TEST) for s in seeds] for label in labels}
     small.wait()
     cells.wait()
+    for size, of in (("0.25M", small), ("0.85M", cells)):
+        of.finished({label: paths for label, paths in runs.items() if size in label})
     write("sizes", *table(runs, "SFT+, 0.85M", TEST.split(",")))
 
 
@@ -242,6 +252,7 @@ def experts(cells: Cells, seeds: list[int]) -> None:
                          for s in seeds] for label in labels for n in counts}
     base = [cells.add(cells.sft(s, TEST)[0]) for s in seeds]
     cells.wait()
+    cells.finished(runs | {"SFT": base})
     success = lambda paths: np.concatenate([(rewards({"": paths}, s)[""] >= 1).astype(float) for s in TEST.split(",")], 1)
     figures = {label: {n: [float((success(runs[label, n]) - success(base)).mean()), *interval(success(runs[label, n]) - success(base))]
                        for n in counts} for label in labels}
@@ -329,7 +340,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                         help="runs at once, one thread each (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where the runs live (default: runs/reproduce)")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3, figure4)")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables from the runs that are finished (tune, table2, table3, figure4), or that are kept in experiments/results/runs")
     parser.add_argument("--quick", action="store_true", help="miniatures, into runs/reproduce-quick: does it run at all?")
     args = parser.parse_args()
     global RESULTS
