@@ -84,7 +84,7 @@ def score_pool(learner, pool: list[Encoded], label: str, features: bool) -> list
             parts = {"steps": scores.trunk.split(steps), "tokens": scores.trunk_tokens.split(tokens)}
             if features:
                 parts |= {"state": scores.state_hidden.float().split(steps), "action": scores.trunk_hidden.float().split(steps)}
-            rows |= {j: {name: part[n].cpu() for name, part in parts.items()} for n, j in enumerate(micro)}
+            rows |= {j: {name: part[n].cpu().clone() for name, part in parts.items()} for n, j in enumerate(micro)}
             bar.update(len(micro))
     for part in run.gather(rows):
         rows |= part

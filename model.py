@@ -78,12 +78,17 @@ def _loading(folder: str | Path):
 
 
 def forget(run: Run, policy: nn.Module) -> None:
-    """The policy's weights become those of the model before any imitation."""
+    """The policy's weights become those of the model before any imitation; under LoRA they are, and the adapters begin again."""
+    if run.config.lora_rank:
+        for name, module in policy.named_modules():
+            if isinstance(module, LoRA):
+                module.begin(run.config.seed, name)
+        return
     state = read_policy(base_folder(run))[0].state_dict()
-    set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, strict=False))
-    for name, module in policy.named_modules():
-        if isinstance(module, LoRA):
-            module.begin(run.config.seed, name)
+    if isinstance(policy, FSDPModule):
+        set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        policy.load_state_dict(state)
 
 
 def save_policy(run: Run, policy: nn.Module, tokenizer, target: Path) -> None:
@@ -169,7 +174,8 @@ def training_bytes(policy: nn.Module, c, split: int = 1) -> dict[str, float]:
 
 def must_shard(run: Run, policy: nn.Module) -> bool:
     """--shard, or for auto: does an update fit where every rank holds all? InputError where by arithmetic nothing fits."""
-    c, room, split = run.config, run.memory(), run.split()
+    c, split = run.config, run.split()
+    room = min(part["memory"] for part in run.gather({"memory": run.memory()}))                       # one decision for all
     sharded = run.world > 1 and not c.lora_rank and (c.shard == "true" or c.shard == "auto" and training_bytes(policy, c)["update"] > 0.9 * room)
     need = training_bytes(policy, c, split if sharded else 1)
     for what, name in (("held", "weights, gradients and Adam's moments"), ("generate", "the weights that practice and evaluation read")):

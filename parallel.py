@@ -19,8 +19,8 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def program(work: Callable[[], None]) -> None:
         gone = ("Connection closed", "Connection reset", "Broken pipe", "Socket closed", "NCCL", "remote process")
         if not dist.is_initialized() or not any(words in str(error) for words in gone):
             raise
-        sys.exit(f"error: another rank is gone, its own message says why; {kept}")
+        sys.exit(f"error: another rank is gone, its own message says why, or the connection to it ({str(error).splitlines()[0][:200]}); {kept}")
     except Stopped as asked:
         print(f"stopped; {kept}", file=sys.stderr)
         sys.exit(128 + asked.args[0])
@@ -95,12 +95,12 @@ class Run:
         self.state = {"done": [], "policy": "", "log_bytes": 0}
         self.current, self.asked = "", 0                                           # phase, and the signal that came inside its updates
         self.heart = Heartbeat(self.rank, self.world) if self.world > 1 else None
+        if self.heart:
+            self.heart.start()
         if self.rank == 0:
             self._lock()
         self._open_directory()
         self.barrier()
-        if self.heart:
-            self.heart.start()
 
     def _lock(self):
         """One run a directory. The system drops the lock with the process that holds it, however that ends; its children have no part."""
@@ -116,11 +116,17 @@ class Run:
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
         self.lock.flush()
+        os.fsync(self.lock.fileno())
 
     def _open_directory(self):
         wanted = dataclasses.asdict(self.config)
+        owner = lambda: self.path("lock").read_text() if self.path("lock").exists() else ""
+        told = self.gather({"owner": owner()})[0]["owner"]                         # rank 0 has the lock by now
+        if owner() != told:
+            raise InputError(f"{self.out} is not the same folder on all machines; give an --out on a file system that they share")
         if self.path("state.json").exists():
             self.state = json.loads(read_text(self.path("state.json")))
+        self.state = self.gather({"state": self.state})[0]["state"]
         if self.state["done"] or self.path("checkpoints").exists():
             found = json.loads(read_text(self.path("config.json")))["config"]
             other = [f"{k} {found.get(k)!r} -> {v!r}" for k, v in wanted.items() if k not in FREE and found.get(k) != v]
@@ -128,8 +134,9 @@ class Run:
                 raise InputError(f"{self.out} holds a run with another configuration ({', '.join(other)}); give another --out")
         self.barrier()
         if self.rank == 0:
-            if not self.state["done"]:                                             # nothing to lose: an earlier start failed early
+            if not self.state["done"] and not self.path("checkpoints").exists():   # nothing to lose: an earlier start failed early
                 shutil.rmtree(self.path("base"), ignore_errors=True)
+                self.path("experts.jsonl").unlink(missing_ok=True)
                 write_text(self.path("config.json"), json.dumps({"config": wanted, "versions": {
                     "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
                     "commit": _commit(), "ranks": self.world}, indent=2))
@@ -211,8 +218,14 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def bar(self, what, label: str, total: int | None = None):
-        size = {"total": what} if isinstance(what, int) else {"iterable": what, "total": total}
+        size = {"total": what} if isinstance(what, int) else {"iterable": self._living(what), "total": total or len(what)}
         return tqdm(**size, desc=label, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+    def _living(self, items: Iterable):
+        for item in items:
+            if self.heart:
+                self.heart.passes += 1                                             # work goes on, though the policy makes no pass
+            yield item
 
     def barrier(self):
         self.gather({})
@@ -285,8 +298,7 @@ class Run:
         yield
         if parts:
             policy.set_reshard_after_forward(True)
-        for part in parts:
-            part.reshard()
+            policy.reset_iter_state()                                              # and reshards: a rank that ran no pass must not differ
 
     # ---- checkpoints inside a phase
 
@@ -305,11 +317,13 @@ class Run:
                 signal.signal(number, handler)
 
     def _asked(self, number: int, frame) -> None:
-        """Ctrl-C or SIGTERM: the update ends with a checkpoint, the second time at once."""
-        if self.asked:
+        """Ctrl-C or SIGTERM: the update ends with a checkpoint; asked again after a second, at once. (torchrun passes on what a scheduler
+        sends to all processes, so that each gets the signal twice.)"""
+        if not self.asked:
+            self.asked, self.asked_at = number, time.monotonic()
+            _exit_anyway(number)
+        elif time.monotonic() - self.asked_at > 1:
             stop(number, frame)
-        self.asked = number
-        _exit_anyway(number)
 
     def _save_if_due(self, policy, optimizer, step: int) -> None:
         due = torch.tensor([time.time() - self.saved >= 60 * self.config.save_minutes and self.rank == 0, self.asked], device=self.device)
@@ -330,8 +344,10 @@ class Run:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.barrier()
-        with _quiet():
-            dcp.save(_tensors(policy, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
+        writer.per_thread_copy_ahead = 0                                           # else CUDA copies all of it to memory pinned for good
+        with _quiet(), self.heart.silent() if self.heart else nullcontext():
+            dcp.save(_tensors(policy, optimizer), storage_writer=writer)
         self.barrier()
         sums = self._checksums(beside, sorted(p.name for p in beside.iterdir()))
         if self.rank == 0:
@@ -361,13 +377,18 @@ class Run:
         if self.rank == 0:
             self.metrics.flush()
             self.log_start = self.metrics.tell()
-        for folder in sorted(self.path("checkpoints").glob("????????"), reverse=True):
+            for cut_off in self.path("checkpoints").glob("*.tmp"):
+                shutil.rmtree(cut_off)
+        names = sorted(p.name for p in self.path("checkpoints").glob("????????"))
+        for name in reversed(self.gather({"names": names})[0]["names"]):           # rank 0's, as a network's folders may look older elsewhere
+            folder = self.path(f"checkpoints/{name}")
             manifest = self.gather({"read": _manifest(folder)})[0]["read"]         # rank 0's reading
             if manifest and manifest["phase"] != self.current:
                 continue                                                           # of a phase that was finished since
             if not manifest or self._checksums(folder, sorted(manifest["files"])) != manifest["files"]:
                 if self.rank == 0:
-                    tqdm.write(f"warning: checkpoint {folder} is torn or corrupt; the one before it is used", file=sys.stderr)
+                    tqdm.write(f"warning: checkpoint {folder} is torn or corrupt; it is removed, the one before it is used", file=sys.stderr)
+                    shutil.rmtree(folder)
                 continue
             tensors = _tensors(policy, optimizer)
             with _quiet():
@@ -424,6 +445,7 @@ class Heartbeat(threading.Thread):
         self.store = dist.PrefixStore(f"beats{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False))
         self.rank, self.other, self.passes, self.waiting, self.ended = rank, (rank + 1) % world, 0, False, False
+        self.busy = threading.Lock()                                               # of the store's line about this rank
         self.store.set(str(rank), "0 0")
 
     def run(self):
@@ -431,11 +453,13 @@ class Heartbeat(threading.Thread):
         while not self.ended:
             beats += 1
             try:
-                self.store.set(str(self.rank), f"{beats} {'waits' if self.waiting else self.passes}")
+                if self.busy.acquire(blocking=False):
+                    self.store.set(str(self.rank), f"{beats} {'waits' if self.waiting else self.passes}")
+                    self.busy.release()
                 found = self.store.get(str(self.other)).decode().split()
             except RuntimeError:
                 self._stop("torchrun, or the rank that holds its store, is gone")
-            if found[0] == "ended":
+            if found[0] in ("ended", "silent"):
                 found = [str(beats), "waits"]
             changed = [time.monotonic() if new != old or new == "waits" else at for new, old, at in zip(found, seen, changed)]
             seen, silent = found, [time.monotonic() - at for at in changed]
@@ -451,9 +475,17 @@ class Heartbeat(threading.Thread):
             print(f"error: {why}; what was finished is kept, the same command continues", file=sys.stderr, flush=True)
             os._exit(1)
 
+    @contextmanager
+    def silent(self):
+        """For what keeps Python to itself: safetensors writes gigabytes so, and no thread can count meanwhile."""
+        with self.busy:
+            self.store.set(str(self.rank), "silent")
+            yield
+
     def end(self):
         self.ended = True
-        self.store.set(str(self.rank), "ended")
+        with self.busy:
+            self.store.set(str(self.rank), "ended")
 
 
 def read_text(path: Path) -> str:

@@ -247,6 +247,8 @@ def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
 
 
 def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):     # fused kernels there know grouped heads only without a mask, in half
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -425,9 +427,12 @@ class LeafCache:
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
         limit = self.prefix.new_full((len(alive), self.slots), -1)       # -1: an empty slot, whose output nobody reads
         limit[self.owner, self.slot] = self.prefix
-        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions; the block's
-        # shortest and longest prefix
-        self.blocks = [(x[:, None, :, None, None], int(x[x >= 0].min()), int(x.max())) for x in limit.split(-(-self.slots // 4), 1)]
+        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions; how many keys
+        # all of the block's leaves see, and how many it reads (CPUs copy a part of a bfloat16 cache before they multiply with it)
+        keys = next(iter(self.trunks.values()))[0]
+        all_of_it = keys.dtype == torch.bfloat16 and not keys.is_cuda
+        self.blocks = [(x[:, None, :, None, None], int(x[x >= 0].min()), keys.shape[2] if all_of_it else int(x.max()))
+                       for x in limit.split(-(-self.slots // 4), 1)]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:

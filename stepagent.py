@@ -5,7 +5,8 @@
              --method stepagent-inverse --out runs/y
 
 `main` is Algorithm 1; what StepAgent is compared with lives in compared.py. The same command again continues a stopped run, to the same
-result. Where the paper is silent or contradicts itself, we read it as follows:
+result (to the bit on one CPU process; GPU kernels add up in no fixed order). Where the paper is silent or contradicts itself, we read
+it as follows:
 
  1. Sign of D. D = P(expert). Eq. 11 minimised as it stands is unbounded; D minimises the cross-entropy -E_expert[log D] -
     E_agent[log(1 - D)] and the reward is log D, which rises with expert-likeness. Eq. 9-10 label D the other way round (log D a
@@ -64,7 +65,7 @@ from tqdm import tqdm
 
 import compared
 import losses
-from envs import env_options, load_trajectories, make_env, parse_action, prompt_messages, some
+from envs import env_options, load_trajectories, make_env, parse_action, prompt_messages, save_trajectories, some
 from heads import Head, fit, two_folds
 from model import load_policy, save_policy
 from parallel import Run, program, read_text, write_tensors, write_text
@@ -296,7 +297,7 @@ class Learner:
         parts = zip(scores.trunk.split(steps), scores.leaves.split(n), scores.leaf_tokens.split(tokens),
                     scores.trunk_hidden.float().split(steps), scores.leaf_hidden.float().split(n))
         names = ("ref_trunk", "ref_leaves", "old_tokens", "trunk_hidden", "leaf_hidden")
-        return {j: {"leaves": leaves[j]} | {name: x.cpu() for name, x in zip(names, part)} for j, part in zip(micro, parts)}
+        return {j: {"leaves": leaves[j]} | {name: x.cpu().clone() for name, x in zip(names, part)} for j, part in zip(micro, parts)}         # not a view: a pickle holds all of its storage
 
     def _compare(self, rows: list[dict]) -> tuple[Tensor, float]:
         """Which practice actions differ from the expert's text [N], and the share whose parsed action is the expert's."""
@@ -508,8 +509,10 @@ class Learner:
         """Episodes of the policy, one a task, the tasks shared among the ranks."""
         run, c = self.run, self.run.config
         mine = tasks[run.rank::run.world]
+        longest = min(2 * max(len(e.ids) for e in self.data), self.policy.config.max_position_embeddings)  # of an episode, and half for growth
+        batch = int(run.memory() / 4 / (1.5 * longest * kv_bytes(self.policy, 2 if c.dtype == "bfloat16" else 4)))
         with run.bar(len(mine), label) as bar, run.gathered(self.policy), run.autocast():
-            played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=c.episodes,
+            played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=max(1, min(c.episodes, batch)),
                                   max_new_tokens=c.max_new_tokens, seed=seed, progress=bar.update)
         byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
         for t in byid.values():
@@ -564,15 +567,17 @@ def load_experts(run: Run):
     for split in filter(None, f"{c.eval_splits},{c.eval_each}".split(",")):
         if split not in env.splits:
             raise InputError(f"{c.env} has no split {split!r}; use {', '.join(env.splits)}")
-    if c.expert:
-        experts = load_trajectories(c.expert)[:c.experts or None]
-    else:
+    file = c.expert or run.path("experts.jsonl")
+    if not c.expert and run.rank == 0 and not file.exists():                       # once: all ranks and later starts must have the same
         tasks = some(env.splits["train"], c.experts)
         with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
             shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
         experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
-    if not experts:
-        raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
+        if not experts:
+            raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
+        save_trajectories(str(file), experts)
+    run.barrier()
+    experts = load_trajectories(str(file))[:c.experts or None]
     plays = c.method in ("ppo", "dpo", "rft", "spin", "nat", "eto") or c.reward != "step"
     if c.expert and plays and (strange := {t.task_id for t in experts} - set().union(*env.splits.values())):
         raise InputError(f"{c.expert}: {min(strange)!r} is no task of {c.env}, but {c.method} plays the tasks of the expert file; name them "

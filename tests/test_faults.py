@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, monk
     capfd.readouterr()
     run(out, *words)
     said = capfd.readouterr().err
-    assert "00000003 is torn or corrupt; the one before it is used" in said and "sft: goes on after update 2 of 3" in said
+    assert "00000003 is torn or corrupt; it is removed, the one before it is used" in said and "sft: goes on after update 2 of 3" in said
     assert equal(whole, out)
 
 

@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 def alone(model, tmp_path_factory):
     """The runs of one process, by method."""
     where = tmp_path_factory.mktemp("alone")
-    return {method: run(where / method, *SEVEN, "--model", model, "--method", method) for method in METHODS}
+    return {method: run(where / method, *SEVEN, "--model", model, "--method", method) for method in (*METHODS, "sft+")}
 
 
 def together(where: Path, ranks: int, cases: list) -> None:
@@ -49,9 +49,9 @@ def together(where: Path, ranks: int, cases: list) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_give_the_updates_of_one_process(tmp_path, model, alone, ranks):
     """Plain and sharded, SFT, DPO, D and PPO on 7 trajectories; eval has 3 tasks and late batches 1 trajectory: some of 4 ranks have
-    none. `nodes`: two nodes of two ranks. Tolerance: 0.1% of what the update moved; fp32, other orders of addition."""
+    none; SFT+ learns right after such an eval. `nodes`: two nodes of two ranks. Tolerance: 0.1% of what the update moved; fp32, other orders of addition."""
     every = [(method, shard) for method in METHODS for shard in ("true", "false")]
-    which = every if ranks == 2 else [("stepagent-inverse", "true"), ("ppo", "false")]
+    which = every if ranks == 2 else [("stepagent-inverse", "true"), ("ppo", "false"), ("sft+", "true")]
     cases = [(f"{method}-{shard}", {}, [*SEVEN, "--model", model, "--method", method, "--shard", shard]) for method, shard in which]
     if ranks == 4:
         cases.append(("stepagent-implicit-nodes", {"LOCAL_WORLD_SIZE": "2"}, [*SEVEN, "--model", model, "--shard", "true"]))
@@ -84,7 +84,7 @@ def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
     from types import SimpleNamespace
     policy, _ = read_policy(model)
     p = sum(x.numel() for x in policy.parameters())
-    fake = lambda world, memory, **options: SimpleNamespace(world=world, memory=lambda: memory, split=lambda: world,
+    fake = lambda world, memory, **options: SimpleNamespace(world=world, memory=lambda: memory, split=lambda: world, gather=lambda part: [part],
                                                             config=S.Config(model=model, dtype="float32", **options))
     need = training_bytes(policy, S.Config(dtype="float32"))
     assert need["held"] == 16 * p and need["generate"] == 4 * p < need["update"]
@@ -95,6 +95,41 @@ def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
         must_shard(fake(2, 8 * p, shard="false"), policy)
     with pytest.raises(InputError, match="the weights that practice and evaluation read need .* take more devices, or --lora-rank 16"):
         must_shard(fake(64, 4 * p), policy)
+
+
+def test_all_machines_must_see_the_run_directory(tmp_path, monkeypatch):
+    """A rank whose folder of that name is another one: it holds no lock of rank 0's."""
+    other = parallel.Run.__new__(parallel.Run)
+    other.out, other.config, other.rank = tmp_path, S.Config(), 1
+    other.gather = lambda part: [{"owner": "17 on node-0\n"}, part]
+    with pytest.raises(InputError, match="is not the same folder on all machines"):
+        other._open_directory()
+
+
+def test_episodes_played_together_fit_into_the_memory(tmp_path, monkeypatch):
+    import rollout
+    asked, plays = [], rollout.run_episodes
+
+    def watched(*args, batch, **more):
+        asked.append(batch)
+        return plays(*args, batch=batch, **more)
+    monkeypatch.setattr(S, "run_episodes", watched)
+    words = [*QUIET, "--method", "base", "--eval-splits", "test", "--eval-tasks", "5", "--episodes", "4"]
+    whole = run(tmp_path / "x", *words)
+    monkeypatch.setattr(parallel.Run, "memory", lambda self: 10 ** 7)
+    monkeypatch.setattr("model.must_shard", lambda *_: False)
+    small = run(tmp_path / "y", *words)
+    assert asked[0] == 4 and 1 <= asked[1] < 4
+    assert (whole / "eval/final_test.jsonl").read_text() == (small / "eval/final_test.jsonl").read_text()
+
+
+def test_experts_are_made_once_for_all_ranks_and_starts(tmp_path, monkeypatch):
+    out = run(tmp_path / "x", *QUIET, "--method", "base")
+    assert len((out / "experts.jsonl").read_text().splitlines()) == 6
+    made = []
+    monkeypatch.setattr(S, "save_trajectories", lambda *_: made.append(1))
+    run(tmp_path / "x", *QUIET, "--method", "base")
+    assert not made
 
 
 # ---- LoRA
