@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from rollout import InputError, grouped
+from rollout import InputError, grouped, kv_bytes
 
 FREE = ("out", "save_minutes", "shard")              # options that another start of the same run may change
 
@@ -208,6 +208,10 @@ class Run:
         found = limit.read_text().strip() if limit.exists() else "max"
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return min(machine, int(found) if found != "max" else machine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def room(self, policy: nn.Module) -> int:
+        """Tokens whose keys and values take a quarter of the memory."""
+        return self.memory() // 4 // kv_bytes(policy, 2 if self.config.dtype == "bfloat16" else 4)
 
     def split(self) -> int:
         """Ranks that share sharded weights: those of a node."""

@@ -69,7 +69,7 @@ from envs import env_options, load_trajectories, make_env, parse_action, prompt_
 from heads import Head, fit, two_folds
 from model import load_policy, save_policy
 from parallel import Run, program, read_text, write_tensors, write_text
-from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, kv_bytes, practice, run_episodes, score, stable_seed,
+from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, practice, run_episodes, score, stable_seed,
                      stop_ids)
 
 ROUNDS = {"base": 0, "sft": 0, "sft+": 3, "ppo": 7, "dpo": 1, "rft": 1, "spin": 3, "nat": 1, "eto": 3,         # method -> iterations
@@ -264,7 +264,7 @@ class Learner:
         written = lambda j: self._tokens(j) + c.practice * sum(e - s for s, e in self.data[j].spans)
         mine, shards = sorted(run.shares(self.practised, written)[run.rank], key=self._tokens), {}      # like lengths together: less padding
         with run.bar(len(mine), f"iteration {i}: practice") as bar, torch.no_grad(), run.gathered(self.policy), run.autocast():
-            room = run.memory() // 4 // kv_bytes(self.policy, 2 if c.dtype == "bfloat16" else 4)          # tokens whose keys fit
+            room = run.room(self.policy)
             n = lambda j: len(self.data[j].spans) * c.practice
             for group in grouped(mine, lambda j: max(n(j) / c.leaves, (self._tokens(j) + n(j) * c.max_new_tokens) / room), 1):
                 encoded = [self.data[j] for j in group]
@@ -297,7 +297,8 @@ class Learner:
         parts = zip(scores.trunk.split(steps), scores.leaves.split(n), scores.leaf_tokens.split(tokens),
                     scores.trunk_hidden.float().split(steps), scores.leaf_hidden.float().split(n))
         names = ("ref_trunk", "ref_leaves", "old_tokens", "trunk_hidden", "leaf_hidden")
-        return {j: {"leaves": leaves[j]} | {name: x.cpu().clone() for name, x in zip(names, part)} for j, part in zip(micro, parts)}         # not a view: a pickle holds all of its storage
+        own = lambda x: x.cpu().clone()                                            # not a view: with one goes all of its storage
+        return {j: {"leaves": leaves[j]} | {name: own(x) for name, x in zip(names, part)} for j, part in zip(micro, parts)}
 
     def _compare(self, rows: list[dict]) -> tuple[Tensor, float]:
         """Which practice actions differ from the expert's text [N], and the share whose parsed action is the expert's."""
@@ -509,10 +510,10 @@ class Learner:
         """Episodes of the policy, one a task, the tasks shared among the ranks."""
         run, c = self.run, self.run.config
         mine = tasks[run.rank::run.world]
-        longest = min(2 * max(len(e.ids) for e in self.data), self.policy.config.max_position_embeddings)  # of an episode, and half for growth
-        batch = int(run.memory() / 4 / (1.5 * longest * kv_bytes(self.policy, 2 if c.dtype == "bfloat16" else 4)))
+        longest = min(2 * max(len(e.ids) for e in self.data), self.policy.config.max_position_embeddings)
+        batch = max(1, min(c.episodes, int(run.room(self.policy) / (1.5 * longest))))                # the cache grows by half
         with run.bar(len(mine), label) as bar, run.gathered(self.policy), run.autocast():
-            played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=max(1, min(c.episodes, batch)),
+            played = run_episodes(self.policy, self.tokenizer, self.env, mine, prompt=prompt, temperature=temperature, batch=batch,
                                   max_new_tokens=c.max_new_tokens, seed=seed, progress=bar.update)
         byid = {t.task_id: t for part in run.gather({t.task_id: t for t in played}) for t in part.values()}
         for t in byid.values():
