@@ -97,17 +97,17 @@ def spent(paths: list[str]) -> dict[str, float]:
 def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[str, float] | None = None,
           against: tuple[str, ...] = ()) -> tuple[list[str], dict]:
     """Markdown lines and the same figures; paper: a column of it; against: baselines, the best of which (on these tasks, which flatters
-    it) is a second thing to be compared with."""
+    it) is compared with, too. A run labelled SFT is the common start, and gets a column of its own."""
     success = {s: {k: (x >= 1).astype(float) for k, x in rewards(runs, s).items()} for s in splits}
     together = {label: np.concatenate([success[s][label] for s in splits], 1) for label in runs}
     best = max((k for k in against if k in runs), key=lambda k: together[k].mean(), default=None)
-    n = len(next(iter(runs.values())))
+    n, start = len(next(iter(runs.values()))), "SFT" in runs and to != "SFT"
     lines = [f"Success in %, 95% intervals in brackets; {n} seed{'s' * (n > 1)}, "
              f"{', '.join(f'{success[s][next(iter(runs))].shape[1]} {s} tasks' for s in splits)}." +
              " Few seeds make an interval over seeds too narrow: the difference of each seed stands beside it." * (n > 1), "",
              "| method | " + "paper | " * bool(paper) + " | ".join(splits) + f" | minus {to}, paired, all tasks | by seed | " +
-             f"minus {best} | " * bool(best) + "updates | million tokens | sampled, thousand | minutes |",
-             "|---" * (7 + len(splits) + bool(paper) + bool(best)) + "|"]
+             "minus SFT | " * start + f"minus {best} | " * bool(best) + "updates | million tokens | sampled, thousand | minutes |",
+             "|---" * (7 + len(splits) + bool(paper) + start + bool(best)) + "|"]
     figures = {}
     for label in runs:
         gap = together[label] - together[to]
@@ -117,6 +117,10 @@ def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[st
         own = label == to
         line = [label, *([str(paper.get(label, "not in it"))] if paper else []), *(cell(success[s][label]) for s in splits),
                 "" if own else cell(gap, True), "" if own else ", ".join(f"{100 * x:+.1f}" for x in gap.mean(1))]
+        if start:
+            gap = together[label] - together["SFT"]
+            figures[label]["minus SFT"] = [float(gap.mean()), *interval(gap)]
+            line.append("" if label == "SFT" else cell(gap, True))
         if best:
             figures[label][f"minus {best}"] = [float((together[label] - together[best]).mean()), *interval(together[label] - together[best])]
             line.append("" if label == best else cell(together[label] - together[best], True))

@@ -25,7 +25,7 @@ H100-hours  GPUs x wall time, idle GPUs included
 Memory      the larger of training = 16 bytes a weight (fp32 weight, gradient, two moments) + bf16 copy + activations of a micro-batch of
             8192 tokens, 4 L d + 12 I + 26 d + 8 H d_head + 4 H_kv d_head bytes each (layer inputs; inside of one layer, I intermediate)
             + 24 bytes x 2^21, at least 256 V (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
-            Replicated is the code today. Sharded is FSDP: 16 and 4 divided by the GPUs; the bf16 copy is two layers, embedding and
+            Replicated: --shard false. Sharded is FSDP: 16 and 4 divided by the GPUs; the bf16 copy is two layers, embedding and
             head in training, whole in inspection. CUDA context, NCCL and fragmentation are left out.
 """
 from __future__ import annotations
@@ -236,7 +236,7 @@ def main_table(b: Benchmark, k: int, data: list) -> list[str]:
             lines.append(f"| {shape.name} | {gpus} | {cells['pflop']} | {' / '.join(f'{x / 1e9:.1f}' for x in caches)} | "
                          f"{' / '.join(f'{x / 1e9:.0f}' if x <= CARD else f'**{x / 1e9:.0f}**' for x in peaks)} | {cells['hours']} |")
     n, held = len(SHAPES) * len(GPUS), math.ceil(PAIRS / (b.turns * k) - 1e-9)
-    return lines + ["", f"Bold: more than the 80 GB of a card. Replicated, as the code is today, {fit[0]} of {n} rows fit, sharded {fit[1]}; "
+    return lines + ["", f"Bold: more than the 80 GB of a card. Replicated {fit[0]} of {n} rows fit, sharded {fit[1]}; "
                     f"hours of the others are arithmetic. Whole trajectories in an update of {PAIRS} pairs (paper), with a shared trunk: {held}; "
                     "so many GPUs work in reflection, the others wait (next table)."]
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1 seed=${2:-0}
 out=runs/household/seed$seed
-cores=$("$bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+cores=$("$bin/python" -c 'import os, torch; print(torch.cuda.device_count() or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')   # or GPUs
 ranks=${RANKS:-$(( cores > 1 ? 2 : 1 ))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

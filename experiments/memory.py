@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def on_meta(config, rank: int = 0):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lines = ["GB (1e9 bytes) per device: update / generation, and how many thousand tokens of keys and values then fit beside the weights.",
              "Update: weights, gradients, moments, bf16 copies or gathered layers, activations of --micro-tokens (8,192), a chunk of logits; bf16",
              f"compute, activations recomputed. Bold: fits into {FREE:.0%} of the card. By arithmetic: nothing here was run on a GPU.", "",

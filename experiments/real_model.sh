@@ -7,7 +7,7 @@ bin=$1 model=$2 env=$3
 out=runs/real/$env
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 case $env in
-scienceworld)   # 4 short tasks, 8 train, 4 dev and 8 test variations each
+scienceworld)   # 4 short tasks, 8 train, 8 dev and 8 test variations each
     options=(--env-options "tasks=find-non-living-thing,lifespan-longest-lived,lifespan-shortest-lived,lifespan-longest-lived-then-shortest-lived variations=8"
              --eval-tasks 32) ;;
 alfworld|hotpotqa) options=(--experts 32 --eval-tasks 30) ;;

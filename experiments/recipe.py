@@ -1,6 +1,7 @@
 """The commands of the paper's full-size runs, with what they need and what they cost: python experiments/recipe.py -> results/recipe.md"""
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ QUESTIONS = ("From [{0}](https://{0}): {1}, into data/{2}. The scripted expert f
 HOW = {
     "WebShop": (["--env", "webshop", "--env-options", "data=data/webshop", "--expert", "data/webshop_sft.json"], "mean reward", "200 goals, both",
                 "WebShop's items_shuffle.json, items_ins_v2.json and items_human_ins.json (`setup.sh -d all`) and ETO's WebShop index lists as "
-                f"eto_train_indices.json and eto_test_indices.json, into data/webshop; webshop_sft.json of {ETO} into data."),
+                f"eto_train_indices.json and eto_test_indices.json (eval_agent/data/webshop of its repository), into data/webshop; webshop_sft.json of {ETO} into data."),
     "Mind2Web": (["--env", "mind2web", "--env-options", "data=data/mind2web dev=0", "--eval-each", ""], "macro element accuracy",
                  "912 tasks, test_domain; without a dev split, as in the paper",
                  "From [osunlp/Mind2Web](https://huggingface.co/datasets/osunlp/Mind2Web) data/train/*.json, the folder test_domain of test.zip, and "
@@ -67,7 +68,9 @@ def page() -> str:
              f"For {GPUS} GPUs of 80 GB, as in the paper (A100 there; hours here are for H100s). **Nothing on this page was run by us**: scores are the paper's "
              "(Table 2), hours and memory are arithmetic ([cost.md](cost.md), [memory.md](memory.md)); measured figures of ours are in the README, and "
              "none is of this size.", "",
-             "Every hyper-parameter is the default, which is the paper's where it gives one: SFT 1e-5, 64 trajectories an update, 4 epochs, cosine with 3% "
+             "Set up with `bash run.sh test` and `source .venv/bin/activate`, for WebShop, ScienceWorld and ALFWorld also `pip install -r requirements-envs.txt`; "
+             "Llama-3 and Mistral's weights want a Hugging Face login (`hf auth login`). A trajectory longer than the model's context (Llama-3: 8,192 "
+             "tokens) stops a run at its start and is named: on Mind2Web expect some. Every hyper-parameter is the default, which is the paper's where it gives one: SFT 1e-5, 64 trajectories an update, 4 epochs, cosine with 3% "
              f"warm-up; reflection 5e-7, 16 step pairs an update, 1 epoch, K = {K}; {implicit} iterations (implicit) and {inverse} (inverse), the peaks of "
              "its Figure 4. It does not give beta, temperatures, PPO's and D's settings: those are ours (`--help`). Weights are sharded where one GPU "
              "cannot hold them; add `--lora-rank 16 --micro-tokens 2048` and a higher `--lr` for one GPU of 24 GB (7B and 8B).", "",
@@ -76,7 +79,7 @@ def page() -> str:
              "trajectory for each GPU, needs a sixth, and is another experiment than the paper's.", "",
              "The paper's inconsistencies: Table 3's `final` row equals Table 2's ETO row for Llama-3 digit for digit; section 7.2 quotes 67.2 and 63.6 as final-"
              "reward scores, which are StepAgent-Implicit's; ScienceWorld's test split has 241 tasks there and 211 in ETO's file; Table 1 counts all questions "
-             "of the QA sets, of which 5,000 / 500 / 500 are used.", ""]
+             "of the QA sets (HotpotQA's 90,447), of which 5,000 / 500 / 500 are used.", ""]
     for b in BENCHMARKS:
         _, metric, test, files = HOW[b.name]
         lines += [f"## {b.name}", "", f"{metric[0].upper()}{metric[1:]}; test: {test}. {files}", "", "```bash",
@@ -94,6 +97,7 @@ def page() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     write_text(ROOT / "experiments/results/recipe.md", page())
     print(page())
 
