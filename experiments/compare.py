@@ -98,6 +98,8 @@ def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[st
           against: tuple[str, ...] = ()) -> tuple[list[str], dict]:
     """Markdown lines and the same figures; paper: a column of it; against: baselines, the best of which (on these tasks, which flatters
     it) is compared with, too. A run labelled SFT is the common start, and gets a column of its own."""
+    if to not in runs:
+        sys.exit(f"error: {to} has no finished runs; let them finish first")
     success = {s: {k: (x >= 1).astype(float) for k, x in rewards(runs, s).items()} for s in splits}
     together = {label: np.concatenate([success[s][label] for s in splits], 1) for label in runs}
     best = max((k for k in against if k in runs), key=lambda k: together[k].mean(), default=None)

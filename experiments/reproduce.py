@@ -129,6 +129,8 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
     cells.wait()
     success = lambda run: np.concatenate([(rewards({"": [run]}, s)[""] >= 1).astype(float) for s in DEV.split(",")], 1)
     done = cells.finished({run: [run] for run in [*sft.values(), *grid.values()]})
+    if sft[START] not in done:
+        sys.exit(f"error: SFT of {START} passes is not finished; run without --report first")
     base, figures = success(sft[START]), {"sft": {}, "grid": {}}
     lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
              "| SFT passes | updates | success |", "|---|---|---|"]
@@ -187,6 +189,8 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
                          for s in seeds] for label in labels[:2] for k in range(1, 6)}
     cells.wait()
     long, many = cells.finished(long), cells.finished(many)
+    if not long:
+        sys.exit("error: figure4's runs of nine iterations are not finished; run without --report first")
     success = lambda runs, splits, name="final": np.concatenate([rewards({"": runs}, s, name)[""] >= 1 for s in splits.split(",")], 1).astype(float)
     curves = {label: [success(runs, DEV, f"eval_{i}") for i in range(10)] for label, runs in long.items()}
     figures = {"iterations": {}, "practice": {}}
