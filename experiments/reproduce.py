@@ -204,6 +204,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     for (label, k), runs in many.items():
         x = success(runs, TEST)
         figures["practice"].setdefault(label, {})[k] = [float(x.mean()), *interval(x)]
+    figures["practice"] = {label: f for label, f in figures["practice"].items() if len(f) > 1}
     lines = [f"Success in %, {len(seeds)} seed{'s' * (len(seeds) > 1)}; iterations on 500 dev tasks, K on 600 test tasks.", "",
              "| iteration | " + " | ".join(map(str, range(10))) + " | 9 minus 0, paired |" + " 9, minus SFT+ |" * ("SFT+" in curves),
              "|---" * (12 + ("SFT+" in curves)) + "|"]
@@ -213,22 +214,23 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     for name in ("match_text", "pairs_kept", "margin", "d_auc", "log_d_gap"):
         lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " | |" + " |" * ("SFT+" in curves)
                   for label, f in figures["iterations"].items() if not np.isnan(f[name]).all()]
-    if many:
+    if figures["practice"]:
         lines += ["", "| K | " + " | ".join(map(str, range(1, 6))) + " |", "|---" * 6 + "|"]
         lines += [f"| {label} | " + " | ".join(f"{100 * f[k][0]:.1f} [{100 * f[k][1]:.1f}, {100 * f[k][2]:.1f}]" if k in f else "not run"
                                                for k in range(1, 6)) + " |" for label, f in figures["practice"].items()]
     write("figure4", lines, figures)
-    figure, grid = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    panels = [("(a) iterations, 500 dev tasks", "iteration", "success, %"), ("what practice equals", "iteration", "practice with the expert's text, %")]
+    panels += [("(b) practice number, 600 test tasks", "K", "success, %")] * bool(figures["practice"])
+    figure, grid = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3.2), layout="constrained")
     for label, f in figures["iterations"].items():
         mean, low, high = 100 * np.array(f["success"]).T
         grid[0].plot(range(10), mean, marker="o", label=label)
         grid[0].fill_between(range(10), low, high, alpha=0.15)
-        grid[2].plot(range(1, 10), 100 * np.array(f["match_text"]), marker="o", label=label)
+        grid[1].plot(range(1, 10), 100 * np.array(f["match_text"]), marker="o", label=label)
     for label, f in figures["practice"].items():
         mean, low, high = 100 * np.array(list(f.values())).T
-        grid[1].errorbar(list(f), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
-    for axes, title, x, y in zip(grid, ("(a) iterations, 500 dev tasks", "(b) practice number, 600 test tasks", "what practice equals"),
-                                 ("iteration", "K", "iteration"), ("success, %", "success, %", "practice with the expert's text, %")):
+        grid[2].errorbar(list(f), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
+    for axes, (title, x, y) in zip(grid, panels):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
     grid[0].legend(fontsize=8)
@@ -327,7 +329,7 @@ class plot:
 
 
 def write(name: str, lines: list[str], figures: dict) -> None:
-    for suffix, text in ((".md", "\n".join(lines) + "\n"), (".json", json.dumps(figures, indent=1) + "\n")):
+    for suffix, text in ((".md", "\n".join(lines) + "\n"), (".json", json.dumps(figures, indent=1).replace("NaN", "null") + "\n")):
         beside = RESULTS / f"{name}{suffix}.tmp"
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, RESULTS / f"{name}{suffix}")
