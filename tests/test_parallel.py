@@ -254,3 +254,18 @@ def test_memory_held_is_what_lives_after_an_update(model, rank):
     assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
     expected = training_bytes(policy, S.Config(dtype="bfloat16" if rank else "float32", lora_rank=rank))["held"]
     assert sum(x.untyped_storage().nbytes() for x in live) == expected
+
+
+def test_a_saved_policy_is_one_that_transformers_and_trl_open(tmp_path, model):
+    """TRL is a peer of experiments/: where it is not installed, transformers alone."""
+    out = run(tmp_path / "x", *QUIET, *SEVEN, "--model", model, "--method", "sft")
+    policy, tokenizer = (kind.from_pretrained(out / "policy") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    turns = [{"role": "user", "content": "You are in a house."}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert policy.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    trl, datasets = (pytest.importorskip(name, reason="pip install -r experiments/requirements.txt") for name in ("trl", "datasets"))
+    data = datasets.Dataset.from_list([{"messages": turns + [{"role": "assistant", "content": "Action: look"}]}] * 2)
+    settings = trl.SFTConfig(output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
+                             save_strategy="no", disable_tqdm=True)
+    trained = trl.SFTTrainer(model=str(out / "policy"), args=settings, train_dataset=data, processing_class=tokenizer).train()
+    assert trained.global_step == 1 and 0 < trained.training_loss < 20
