@@ -350,8 +350,10 @@ class Run:
         self.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
         writer.per_thread_copy_ahead = 0                                           # else CUDA copies all of it to memory pinned for good
-        with _quiet(), self.heart.silent() if self.heart else nullcontext():
-            dcp.save(_tensors(policy, optimizer), storage_writer=writer)
+        tensors = _tensors(policy, optimizer)
+        large = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors.values()) > 2 ** 31
+        with _quiet(), self.heart.silent() if self.heart and large else nullcontext():
+            dcp.save(tensors, storage_writer=writer)
         self.barrier()
         sums = self._checksums(beside, sorted(p.name for p in beside.iterdir()))
         if self.rank == 0:
@@ -442,7 +444,7 @@ def _quiet():
 class Heartbeat(threading.Thread):
     """Every rank counts in torchrun's store while it lives, and watches the rank after it; one that stops counting ends the job, with
     its name: left alone, the others would wait for it in their next collective for as long as that may take."""
-    EVERY, DEAD, STUCK = 4, 30, 3600                 # seconds; stuck: alive, but the policy ran no pass and no collective waits
+    EVERY, DEAD, SILENT, STUCK = 4, 30, 600, 3600    # seconds; stuck: alive, but the policy ran no pass and no collective waits
 
     def __init__(self, rank: int, world: int):
         super().__init__(daemon=True)
@@ -463,12 +465,13 @@ class Heartbeat(threading.Thread):
                 found = self.store.get(str(self.other)).decode().split()
             except RuntimeError:
                 self._stop("torchrun, or the rank that holds its store, is gone")
-            if found[0] in ("ended", "silent"):
+            if found[0] == "ended":
                 found = [str(beats), "waits"]
             changed = [time.monotonic() if new != old or new == "waits" else at for new, old, at in zip(found, seen, changed)]
             seen, silent = found, [time.monotonic() - at for at in changed]
-            if silent[0] > self.DEAD:
-                self._stop(f"rank {self.other} has given no sign of life for {self.DEAD} s: its process died or was stopped, or its machine "
+            most = self.SILENT if found[0] == "silent" else self.DEAD
+            if silent[0] > most:
+                self._stop(f"rank {self.other} has given no sign of life for {most} s: its process died or was stopped, or its machine "
                            "is gone")
             if silent[1] > self.STUCK:
                 self._stop(f"rank {self.other} lives, but has run no pass of the policy for {self.STUCK // 60} minutes")
@@ -483,7 +486,7 @@ class Heartbeat(threading.Thread):
     def silent(self):
         """For what keeps Python to itself: safetensors writes gigabytes so, and no thread can count meanwhile."""
         with self.busy:
-            self.store.set(str(self.rank), "silent")
+            self.store.set(str(self.rank), "silent waits")
             yield
 
     def end(self):
