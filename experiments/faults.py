@@ -24,29 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
-from ranks import finish, start  # noqa: E402
+from ranks import finish, start, two_layers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-import envs  # noqa: E402
 import parallel  # noqa: E402
-from model import make_tiny  # noqa: E402
 
 ENVIRONMENT = "receptacles=5 distractors=2 max_steps=13"
 WORDS = ["--env-options", ENVIRONMENT, "--experts", "6", "--sft-experts", "6", "--practice-experts", "6", "--sft-epochs", "1", "--sft-batch", "2",
          "--iterations", "1", "--practice", "2", "--batch", "8", "--max-new-tokens", "6", "--eval-each", "", "--eval-splits", "test",
          "--eval-tasks", "2", "--save-minutes", "0"]
-
-
-def small_model(folder: Path) -> None:
-    env = envs.make_env("household", **envs.env_options(ENVIRONMENT))
-    make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
 
 
 def rows(out: Path) -> list[dict]:
@@ -197,7 +183,7 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        small_model(work / "tiny-two-layers")
+        two_layers(work / "tiny-two-layers", ENVIRONMENT)
         lines = [f"`python experiments/faults.py --kills {a.kills} --damages {a.damages} --soak {a.soak:g}`, torch {torch.__version__}, gloo; a miniature "
                  "household, a checkpoint after every update.", "", "| fault | processes | times | outcome |", "|---|---|---|---|"]
         lines += kills(work, work / "tiny-two-layers", a.kills)

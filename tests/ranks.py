@@ -7,9 +7,13 @@ from pathlib import Path
 
 import conftest  # noqa: F401  (one thread, no network, the repository root on the path)
 
+import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import envs
 import stepagent as S
+from model import make_tiny
 
 HERE = Path(__file__).resolve().parent
 server = multiprocessing.get_context("forkserver")
@@ -53,3 +57,15 @@ def finish(processes: list, seconds: float = 300) -> list[int]:
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+def two_layers(folder: Path, environment: str) -> None:
+    """A policy that learns in milliseconds: two layers of width 32, and the household's words for tokens."""
+    env = envs.make_env("household", **envs.env_options(environment))
+    make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)

@@ -13,7 +13,7 @@ import envs
 import losses
 import stepagent as S
 from rollout import InputError, Step, Trajectory, encode, score
-from test_stepagent import MINIATURE, QUIET, distance, metrics, run, same_bits, weights
+from test_stepagent import QUIET, distance, killed_and_continued, metrics, run, same_bits, weights
 
 ONE = [*QUIET, "--iterations", "1"]
 
@@ -296,14 +296,7 @@ def test_reward_types_are_checked(tmp_path):
 
 @pytest.mark.parametrize("method", ["eto", "ppo"])
 def test_a_killed_run_resumed_is_an_uninterrupted_one(tmp_path, monkeypatch, method):
-    from test_stepagent import Killed, at_the_end
     words = [*QUIET, "--method", method]
-    whole, killed = run(tmp_path / "whole", *words), []
-    at_the_end(monkeypatch, killed)
-    for _ in range(30):
-        try:
-            parts = run(tmp_path / "parts", *words)
-            break
-        except Killed:
-            pass
+    whole = run(tmp_path / "whole", *words)
+    parts, killed = killed_and_continued(monkeypatch, tmp_path / "parts", *words)
     assert len(killed) > 6 and same_bits(weights(whole / "policy"), weights(parts / "policy")) and metrics(whole) == metrics(parts)

@@ -4,15 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import parallel
 import stepagent as S
-from model import add_lora, make_tiny, must_shard, read_policy, training_bytes
-from ranks import finish, start
+from model import add_lora, must_shard, read_policy, training_bytes
+from ranks import finish, start, two_layers
 from rollout import InputError, encode, score, use_tree_attention
-from test_stepagent import MINIATURE, QUIET, alike, distance, metrics, run, same_bits, weights
+from test_stepagent import MINIATURE, QUIET, alike, distance, killed_and_continued, metrics, run, same_bits, weights
 
 SEVEN = ["--experts", "7", "--sft-experts", "7", "--practice-experts", "7", "--sft-batch", "3", "--iterations", "1"]
 METHODS = ("stepagent-implicit", "stepagent-inverse", "ppo")
@@ -22,14 +22,7 @@ METHODS = ("stepagent-implicit", "stepagent-inverse", "ppo")
 def model(tmp_path_factory):
     """Two layers of width 32, and words for tokens. Its folder's name brings the tiny defaults."""
     folder = tmp_path_factory.mktemp("models") / "tiny-two-layers"
-    env = envs.make_env("household", **envs.env_options(MINIATURE[1]))
-    make_tiny([env.expert(task) for task in envs.some(env.splits["train"], 20)], folder, 0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    two_layers(folder, MINIATURE[1])
     return str(folder)
 
 
@@ -184,16 +177,9 @@ def test_an_adapter_starts_as_nothing(model):
 
 
 def test_a_killed_lora_run_resumed_is_an_uninterrupted_one(tmp_path, monkeypatch, model):
-    from test_stepagent import Killed, at_the_end
-    words, killed = [*QUIET, *LORA, "--model", model], []
+    words = [*QUIET, *LORA, "--model", model]
     whole = run(tmp_path / "whole", *words)
-    at_the_end(monkeypatch, killed)
-    for _ in range(30):
-        try:
-            parts = run(tmp_path / "parts", *words)
-            break
-        except Killed:
-            pass
+    parts, killed = killed_and_continued(monkeypatch, tmp_path / "parts", *words)
     assert len(killed) == 7 and same_bits(weights(whole / "policy"), weights(parts / "policy")) and metrics(whole) == metrics(parts)
 
 

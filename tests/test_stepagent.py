@@ -472,6 +472,18 @@ def at_the_end(monkeypatch, killed):
     monkeypatch.setattr(S.Run, "phase", dying)
 
 
+def killed_and_continued(monkeypatch, out, *words):
+    """-> the run's directory, and the phases at whose end it was killed."""
+    killed = []
+    at_the_end(monkeypatch, killed)
+    for _ in range(30):
+        try:
+            return run(out, *words), killed
+        except Killed:
+            pass
+    raise AssertionError(f"killed again and again: {killed}")
+
+
 def in_the_middle(monkeypatch, killed):
     """Every phase that trains, practises, judges or evaluates dies once, after its first line in the log."""
     log = S.Run.log
