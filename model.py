@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from parallel import Run, move_into_place, read_text, write_text
 from rollout import Encoded, InputError, Trajectory, score, stable_seed, stop_ids, use_tree_attention
@@ -34,26 +34,34 @@ def load_policy(run: Run, experts: list[Trajectory]):
     half = torch.bfloat16 if c.dtype == "bfloat16" else torch.float32
     saved = run.path(run.state["policy"]) if run.state["policy"] else None
     start = c.init or base_folder(run)
-    policy, tokenizer = read_policy(start, half) if c.lora_rank else read_policy(saved or start)
-    if c.init and c.method in ("rft", "nat"):
-        with _loading(base_folder(run)):
-            words = AutoTokenizer.from_pretrained(base_folder(run), trust_remote_code=False).get_vocab()
-        if words != tokenizer.get_vocab():
-            raise InputError(f"--init {c.init}: its tokenizer is not the one of --model {c.model}, from which {c.method} starts again; give "
-                             "the model that it was trained from")
-    use_tree_attention(policy)
+    folder = start if c.lora_rank else saved or start
+    tokenizer = read_tokenizer(folder)
     stop_ids(tokenizer)
-    if c.lora_rank:
-        add_lora(policy, c.lora_rank, c.seed)
-        if saved:
-            policy.load_state_dict(load_file(saved / "lora.safetensors"), strict=False)
-    if c.checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if c.init and c.method in ("rft", "nat") and read_tokenizer(base_folder(run)).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"--init {c.init}: its tokenizer is not the one of --model {c.model}, from which {c.method} starts again; give "
+                         "the model that it was trained from")
+    policy = _prepare(c, outline(folder))
     if must_shard(run, policy):
         shard(run, policy, half)
+        fill(run, policy, folder)
+        if run.rank == 0 and not policy.gathers_whole:
+            print("practice and episodes gather the weights layer by layer, as a device cannot hold them all: slow; more devices are faster")
+    else:
+        policy = _prepare(c, read_policy(folder, half if c.lora_rank else torch.float32)).to(run.device)
+        if c.lora_rank and saved:
+            policy.load_state_dict(load_file(saved / "lora.safetensors"), strict=False)
     if run.heart:
         policy.model.register_forward_pre_hook(lambda *_: setattr(run.heart, "passes", run.heart.passes + 1))
-    return policy.to(run.device), tokenizer
+    return policy, tokenizer
+
+
+def _prepare(c, policy: nn.Module) -> nn.Module:
+    use_tree_attention(policy)
+    if c.lora_rank:
+        add_lora(policy, c.lora_rank, c.seed)
+    if c.checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
 
 
 def base_folder(run: Run) -> str | Path:
@@ -61,11 +69,21 @@ def base_folder(run: Run) -> str | Path:
     return run.path("base") if run.config.model == "tiny" else run.config.model
 
 
-def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32):
+def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Weights from safetensors alone, no code from the folder: nothing in it is run."""
     with _loading(folder):
-        return (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False),
-                AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+
+
+def read_tokenizer(folder: str | Path):
+    with _loading(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def outline(folder: str | Path) -> nn.Module:
+    """The model without storage (meta device), in float32: what must be known before weights are read."""
+    with _loading(folder), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=torch.float32)
 
 
 @contextmanager
@@ -84,11 +102,19 @@ def forget(run: Run, policy: nn.Module) -> None:
             if isinstance(module, LoRA):
                 module.begin(run.config.seed, name)
         return
-    state = read_policy(base_folder(run))[0].state_dict()
     if isinstance(policy, FSDPModule):
-        set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        fill(run, policy, base_folder(run))
     else:
-        policy.load_state_dict(state)
+        policy.load_state_dict(read_policy(base_folder(run)).state_dict())
+
+
+def fill(run: Run, policy: nn.Module, folder: str | Path) -> None:
+    """Sharded weights become those of the folder. Rank 0 alone reads it (the host memory of one whole model), the others get their pieces."""
+    state = {}
+    if run.rank == 0:
+        whole = read_policy(folder)
+        state, policy.generation_config = whole.state_dict(), whole.generation_config
+    set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
 
 
 def save_policy(run: Run, policy: nn.Module, tokenizer, target: Path) -> None:
@@ -153,8 +179,8 @@ def merged(policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def training_bytes(policy: nn.Module, c, split: int = 1) -> dict[str, float]:
-    """Bytes on one device by arithmetic, what an update needs and what generation needs before any keys and values. split: ranks that
-    share the weights. Works for a model on the meta device; experiments/memory.py compares it with live storage."""
+    """Bytes on one device by arithmetic, what an update needs and what generation needs before any keys and values (least: layers gathered
+    one by one). split: ranks that share the weights. Works for a model on the meta device; experiments/memory.py compares it with live storage."""
     h, width = policy.config, 2 if c.dtype == "bfloat16" else 4
     p, learnt = sum(x.numel() for x in policy.parameters()), sum(x.numel() for x in policy.parameters() if x.requires_grad)
     layer = sum(x.numel() for x in policy.model.layers[0].parameters())
@@ -167,18 +193,22 @@ def training_bytes(policy: nn.Module, c, split: int = 1) -> dict[str, float]:
         held, copies, whole = width * (p - learnt) + 16 * learnt, 0, width * (p - learnt) + 4 * learnt
     elif split > 1:                                  # all-gathered: head and embeddings, this layer and the next; their gradients in float32
         held, copies, whole = 16 * p / split, (width + 4) * (rest + 2 * layer), 4 * p / split + width * p
+        least = 4 * p / split + width * (rest + 2 * layer)
     else:
         held, copies, whole = 16 * p, width * p if width == 2 else 0, (4 + (width == 2) * 2) * p
-    return {"held": held, "update": held + copies + c.micro_tokens * kept + 24 * max(2 ** 23, 256 * h.vocab_size), "generate": whole}
+    return {"held": held, "update": held + copies + c.micro_tokens * kept + 24 * max(2 ** 23, 256 * h.vocab_size), "generate": whole,
+            "least": least if split > 1 else whole}
 
 
 def must_shard(run: Run, policy: nn.Module) -> bool:
-    """--shard, or for auto: does an update fit where every rank holds all? InputError where by arithmetic nothing fits."""
+    """--shard, or for auto: does an update fit where every rank holds all? Notes in policy.gathers_whole whether the ranks can hold all while
+    they decode, beside a quarter for keys and values (Run.room). InputError where by arithmetic nothing fits."""
     c, split = run.config, run.split()
     room = min(part["memory"] for part in run.gather({"memory": run.memory()}))                       # one decision for all
     sharded = run.world > 1 and not c.lora_rank and (c.shard == "true" or c.shard == "auto" and training_bytes(policy, c)["update"] > 0.9 * room)
     need = training_bytes(policy, c, split if sharded else 1)
-    for what, name in (("held", "weights, gradients and Adam's moments"), ("generate", "the weights that practice and evaluation read")):
+    policy.gathers_whole = need["generate"] <= 0.7 * room
+    for what, name in (("held", "weights, gradients and Adam's moments"), ("least", "the weights that practice and evaluation read")):
         if need[what] > room:
             raise InputError(f"{c.model}: {name} need {need[what] / 1e9:.0f} GB a device, each has {room / 1e9:.0f}; take more devices"
                              f"{'' if sharded or c.lora_rank or run.world == 1 else ' or --shard auto'}{'' if c.lora_rank else ', or --lora-rank 16'}")
@@ -197,6 +227,9 @@ def shard(run: Run, policy: nn.Module, half: torch.dtype) -> None:
         part.set_gradient_divide_factor(1.0)                                       # losses are divided by global counts
         part.set_force_sum_reduction_for_comms(True)                               # gloo can do no other
     register_fsdp_forward_method(policy, "scoring")
+    policy.to_empty(device=run.device)
+    policy.tie_weights()
+    policy.model.rotary_emb = type(policy.model.rotary_emb)(policy.config).to(run.device)         # what no file holds
     with torch.no_grad(), run.autocast():
         score(policy, [Encoded([0, 0], [(1, 2)])])                                 # tells every part who the root is, before any is gathered
     policy.set_reshard_after_forward(True)

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from rollout import InputError, grouped, kv_bytes
+from rollout import InputError, empty_pass, grouped, kv_bytes
 
 FREE = ("out", "save_minutes", "shard")              # options that another start of the same run may change
 
@@ -243,6 +243,15 @@ class Run:
         self.heart.waiting = False
         return parts
 
+    def collect(self, part: dict) -> list[dict]:
+        """Every rank's part on rank 0, nothing elsewhere."""
+        if self.world == 1:
+            return [part]
+        parts, self.heart.waiting = [None] * self.world if self.rank == 0 else None, True
+        dist.gather_object(part, parts)
+        self.heart.waiting = False
+        return parts or []
+
     def shares(self, items, size: Callable) -> list[list]:
         """Items for each rank, of like total size: the largest first, each to the rank that has least. The same on every rank."""
         if self.world == 1:
@@ -293,16 +302,29 @@ class Run:
 
     @contextmanager
     def gathered(self, policy: nn.Module):
-        """Every rank holds all weights, in the compute type, and may run the policy without the others until the end."""
-        parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-        if parts:
-            policy.set_reshard_after_forward(False)
-        for part in parts:
-            part.unshard()
+        """Every rank may run the policy without the others until the end. Sharded weights are gathered once, in the compute type; where a
+        device cannot hold them, embeddings and head are, and each layer in every pass: as gathering takes all ranks, those that have
+        finished go on with empty passes until all have."""
+        if not isinstance(policy, FSDPModule):
+            yield
+            return
+        whole = policy.gathers_whole
+        policy.set_reshard_after_forward(False, recurse=whole)
+        for part in policy.modules() if whole else [policy]:
+            if isinstance(part, FSDPModule):
+                part.unshard()
+        working = torch.ones(1, device=self.device)
+        hook = policy.model.register_forward_pre_hook(lambda *_: None if whole else dist.all_reduce(working.fill_(1)))
         yield
-        if parts:
-            policy.set_reshard_after_forward(True)
-            policy.reset_iter_state()                                              # and reshards: a rank that ran no pass must not differ
+        hook.remove()
+        while not whole and self._any_works(working):
+            empty_pass(policy)
+        policy.set_reshard_after_forward(True)
+        policy.reset_iter_state()                                                  # and reshards: a rank that ran no pass must not differ
+
+    def _any_works(self, working: Tensor) -> bool:
+        dist.all_reduce(working.fill_(0))
+        return working.item() > 0
 
     # ---- checkpoints inside a phase
 

@@ -539,6 +539,13 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
 
 # ------------------------------------------------------------------------------------------------------------------- episodes
 
+def empty_pass(model: PreTrainedModel) -> None:
+    """One token that nobody reads."""
+    cache = RowCache(1, model.device)
+    with torch.no_grad():
+        _forward(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), cache.begin(1), cache)
+
+
 class RowCache:
     """KV cache of episodes, kept across turns: row r holds lengths[r] tokens, and may get several new ones in one call. A row whose
     length is set to 0 is as good as new."""

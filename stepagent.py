@@ -275,7 +275,10 @@ class Learner:
                     scores = score(self.policy, [self.data[j] for j in micro], [leaves[j] for j in micro])
                     shards |= self._split(micro, leaves, scores)
                 bar.update(len(group))
-        for shard in run.gather(shards):
+        parts = run.collect(shards)                                                # rank 0's: for a large model gigabytes of features
+        if run.rank:
+            return
+        for shard in parts:
             shards |= shard
         rows = [shards[j] for j in self.practised]
         kept, match_action = self._compare(rows)
@@ -285,9 +288,8 @@ class Learner:
         flat = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name != "leaves"}
         flat["leaves"] = torch.tensor([t for row in rows for _, ids in row["leaves"] for t in ids])
         flat["lengths"] = torch.tensor([len(ids) for row in rows for _, ids in row["leaves"]])
-        if run.rank == 0:
-            write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
-            self._write_practice(i)
+        write_tensors(run.path(f"iter_{i}/practice.safetensors"), flat | {"kept": kept})
+        self._write_practice(i)
         run.log("inspect", i, 0, **figures, seconds=time.time() - started)
 
     def _split(self, micro: list[int], leaves: dict, scores) -> dict[int, dict]:

@@ -1,17 +1,21 @@
 """Ranks, sharding, LoRA, and the folder that a policy is saved to."""
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import parallel
 import stepagent as S
-from model import add_lora, must_shard, read_policy, training_bytes
+import tiny
+from model import add_lora, fill, must_shard, outline, read_policy, read_tokenizer, shard, training_bytes
 from ranks import finish, start, two_layers
-from rollout import InputError, encode, score, use_tree_attention
+from rollout import Encoded, InputError, encode, score, use_tree_attention
 from test_stepagent import MINIATURE, QUIET, alike, distance, killed_and_continued, metrics, run, same_bits, weights
 
 SEVEN = ["--experts", "7", "--sft-experts", "7", "--practice-experts", "7", "--sft-batch", "3", "--iterations", "1"]
@@ -33,10 +37,10 @@ def alone(model, tmp_path_factory):
     return {method: run(where / method, *SEVEN, "--model", model, "--method", method) for method in (*METHODS, "sft+")}
 
 
-def together(where: Path, ranks: int, cases: list) -> None:
+def together(where: Path, ranks: int, cases: list, before=None) -> None:
     """cases: (name, environment variables, words), run one after the other by the same ranks."""
     runs = [(variables, ["--out", str(where / name), *MINIATURE, *more]) for name, variables, more in cases]
-    assert set(finish(start(ranks, runs, where / "log"), 600)) == {0}, (where / "log").read_text()[-3000:]
+    assert set(finish(start(ranks, runs, where / "log", before), 600)) == {0}, (where / "log").read_text()[-3000:]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -58,6 +62,27 @@ def test_ranks_give_the_updates_of_one_process(tmp_path, model, alone, ranks):
         assert (one / "eval" / "final_test.jsonl").read_text() == (many / "eval" / "final_test.jsonl").read_text(), name
 
 
+def no_room_for_all_weights(rank):
+    """By arithmetic no device can hold them all while it decodes; and no rank but 0 may read them."""
+    module = sys.modules["model"]
+    arithmetic = module.training_bytes
+    module.training_bytes = lambda *about: arithmetic(*about) | {"generate": 1e15}
+    module.read_policy = module.read_policy if rank == 0 else None
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_weights_too_large_for_a_device_are_gathered_layer_by_layer_while_ranks_decode(tmp_path, model, alone, ranks):
+    """Unequal shares: 7 trajectories, 3 tasks of an evaluation, so that one of 4 ranks only makes empty passes."""
+    together(tmp_path, ranks, [(method, {}, [*SEVEN, "--model", model, "--method", method, "--shard", "true"])
+                               for method in ("stepagent-implicit", "ppo")], no_room_for_all_weights)
+    for method in ("stepagent-implicit", "ppo"):
+        one, many = alone[method], tmp_path / method
+        moved = distance(weights(one / "policy"), weights(one / "sft" / "policy"))
+        assert distance(weights(one / "policy"), weights(many / "policy")) < 1e-3 * moved
+        alike(one, many)
+        assert (one / "eval" / "final_test.jsonl").read_text() == (many / "eval" / "final_test.jsonl").read_text()
+
+
 def test_shares_are_balanced_whole_and_the_same_everywhere():
     run_ = parallel.Run.__new__(parallel.Run)
     run_.world, run_.rank, run_.config = 3, 0, S.Config(micro_tokens=50)
@@ -74,8 +99,7 @@ def test_shares_are_balanced_whole_and_the_same_everywhere():
 
 def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
     """auto: where an update does not fit on one device. 1M tokens a pass stand in for a large model."""
-    from types import SimpleNamespace
-    policy, _ = read_policy(model)
+    policy = read_policy(model)
     p = sum(x.numel() for x in policy.parameters())
     fake = lambda world, memory, **options: SimpleNamespace(world=world, memory=lambda: memory, split=lambda: world, gather=lambda part: [part],
                                                             config=S.Config(model=model, dtype="float32", **options))
@@ -87,7 +111,37 @@ def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
     with pytest.raises(InputError, match=r"weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"):
         must_shard(fake(2, 8 * p, shard="false"), policy)
     with pytest.raises(InputError, match="the weights that practice and evaluation read need .* take more devices, or --lora-rank 16"):
-        must_shard(fake(64, 4 * p), policy)
+        must_shard(fake(64, 0.5 * p), policy)
+    for world, memory, whole in ((64, 5 * p, False), (64, 6 * p, True)):           # 4 p / 64 + 4 p bytes, beside a quarter for keys and values
+        assert must_shard(fake(world, memory), policy) and policy.gathers_whole is whole
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sharded_weights_are_those_of_the_folder(tmp_path, family, tied):
+    """Built without storage, then filled by rank 0: nothing that no file holds (rotary frequencies) is missing, ties are kept."""
+    made = tiny.model(family, tie_word_embeddings=tied).float()
+    made.save_pretrained(tmp_path)
+    use_tree_attention(made)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        here = parallel.Run.__new__(parallel.Run)
+        here.rank, here.world, here.device, here.config = 0, 1, torch.device("cpu"), S.Config(dtype="float32")
+        policy = outline(tmp_path)
+        use_tree_attention(policy)
+        shard(here, policy, torch.float32)
+        fill(here, policy, tmp_path)
+        data, leaves = [Encoded(list(range(3, 25)), [(9, 12), (18, 22)])], [[(0, [5, 6]), (1, [7, 8, 9])]]
+        expected, found = score(made, data, leaves), score(policy, data, leaves)
+        assert torch.equal(found.trunk_tokens, expected.trunk_tokens) and torch.equal(found.leaf_tokens, expected.leaf_tokens)
+        for scores in (expected, found):
+            (scores.trunk.sum() + scores.leaves.sum()).backward()
+        ours = dict(policy.named_parameters())
+        assert set(ours) == {name for name, _ in made.named_parameters()}
+        for name, p in made.named_parameters():
+            assert torch.allclose(ours[name].grad.full_tensor(), p.grad, atol=1e-6), name
+    finally:
+        dist.destroy_process_group()
 
 
 def test_all_machines_must_see_the_run_directory(tmp_path, monkeypatch):
@@ -133,7 +187,7 @@ LORA = ["--lora-rank", "3", "--sft-lr", "1e-2", "--lr", "1e-2", "--iterations", 
 def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model):
     """Over SFT and reflection the frozen weights keep their bits, the saved folder computes what the adapted policy did."""
     out = run(tmp_path / "x", *QUIET, *LORA, "--model", model)
-    base, tokenizer = read_policy(model)
+    base, tokenizer = read_policy(model), read_tokenizer(model)
     saved = AutoModelForCausalLM.from_pretrained(out / "policy")
     adapters = load_file(out / "policy" / "lora.safetensors")
     assert len(adapters) == 2 * 2 * 7 and all(x.dtype == torch.float32 and x.abs().sum() > 0 for x in adapters.values())
@@ -155,7 +209,7 @@ def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model):
 def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model):
     """A merge rounded to bfloat16 would lose most of what small rates learn."""
     out = run(tmp_path / "x", *QUIET, *LORA, "--model", model, "--dtype", "bfloat16", "--checkpointing", "true")
-    base, saved = read_policy(model, torch.bfloat16)[0], AutoModelForCausalLM.from_pretrained(out / "policy")
+    base, saved = read_policy(model, torch.bfloat16), AutoModelForCausalLM.from_pretrained(out / "policy")
     adapters = load_file(out / "policy" / "lora.safetensors")
     name = "model.layers.1.mlp.up_proj"
     whole = base.get_submodule(name).weight.float() + 2 * adapters[f"{name}.B"] @ adapters[f"{name}.A"]
@@ -167,8 +221,7 @@ def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model):
 
 
 def test_an_adapter_starts_as_nothing(model):
-    plain, tokenizer = read_policy(model)
-    adapted, _ = read_policy(model)
+    plain, adapted = read_policy(model), read_policy(model)
     add_lora(adapted, 4, 0)
     ids = torch.arange(20)[None]
     assert torch.equal(plain(ids).logits, adapted(ids).logits)
@@ -226,7 +279,7 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, model, alone, shar
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_memory_held_is_what_lives_after_an_update(model, rank):
-    policy, tokenizer = read_policy(model, torch.bfloat16 if rank else torch.float32)
+    policy, tokenizer = read_policy(model, torch.bfloat16 if rank else torch.float32), read_tokenizer(model)
     use_tree_attention(policy)
     if rank:
         add_lora(policy, rank, 0)
