@@ -115,7 +115,7 @@ def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[st
         gap = together[label] - together[to]
         cost = spent(runs[label])
         figures[label] = {s: [float(success[s][label].mean()), *interval(success[s][label])] for s in splits} | {
-            f"minus {to}": [float(gap.mean()), *interval(gap)], "by seed": gap.mean(1).tolist(), **cost}
+            f"minus {to}": [float(gap.mean()), *interval(gap)], "by seed": gap.mean(1).tolist(), **cost} | ({"paper": paper.get(label)} if paper else {})
         own = label == to
         line = [label, *([str(paper.get(label, "not in it"))] if paper else []), *(cell(success[s][label]) for s in splits),
                 "" if own else cell(gap, True), "" if own else ", ".join(f"{100 * x:+.1f}" for x in gap.mean(1))]
@@ -138,6 +138,16 @@ def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[st
             lines.append(f"| {i} | " + " | ".join(" / ".join(f"{100 * np.mean([g[k] for g in here[label]]):.1f}" for k in (
                 "match_text", "match_action")) if here[label] else "" for label in inspected) + " |")
     return [*lines, "", "What you just saw: " + verdict(together, to) + "."], figures
+
+
+def short(figures: dict, splits: list[str], to: str) -> list[str]:
+    """The README's table, of what `table` has written: success by split, differences to the start and to the control, minutes."""
+    one = lambda x, sign="": f"{100 * x[0]:{sign}.1f} [{100 * x[1]:{sign}.1f}, {100 * x[2]:{sign}.1f}]"
+    lines = ["| method | paper | " + " | ".join(splits) + f" | minus SFT | minus {to} | minutes |", "|---" * (5 + len(splits)) + "|"]
+    for label, f in figures.items():
+        gaps = ["" if label == other else one(f[f"minus {other}"], "+") for other in ("SFT", to)]
+        lines.append("| " + " | ".join([label, str(f["paper"] or "not in it"), *(one(f[s]) for s in splits), *gaps, f"{f['minutes']:.1f}"]) + " |")
+    return lines
 
 
 def verdict(together: dict[str, np.ndarray], to: str) -> str:

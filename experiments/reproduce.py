@@ -51,7 +51,7 @@ METHODS = {
     "StepAgent-Implicit": ["--method", "stepagent-implicit"],
     "StepAgent-Inverse": ["--method", "stepagent-inverse", "--batch", "256"],
 }
-RATES = {"SFT+": "5e-4", "PPO": "1.5e-4", "DPO": "1.5e-5", "SPIN": "5e-6", "ETO": "1.5e-5", "StepAgent-Implicit": "1.5e-4",
+RATES = {"SFT+": "5e-4", "PPO": "1.5e-4", "DPO": "1.5e-5", "SPIN": "5e-6", "ETO": "5e-6", "StepAgent-Implicit": "1.5e-4",
          "StepAgent-Inverse": "5e-5", "RFT": None, "NAT": None}           # the best that `tune` found
 PAPER = {"base": 0.0, "SFT": 68.5, "PPO": 69.1, "DPO": 70.6, "RFT": 69.8, "SPIN": 71.4, "NAT": 69.3, "ETO": 72.8,
          "StepAgent-Implicit": 74.2, "StepAgent-Inverse": 74.9}           # Table 2, Mistral-7B, ALFWorld: the household's nearest relative
@@ -127,21 +127,20 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
     grid = {(label, rate): cells.method(label, 0, DEV, rate=rate, tag=f"_lr{rate}")
             for label in METHODS if RATES[label] for rate in rates}
     cells.wait()
-    success = lambda run: np.concatenate([(rewards({"": [run]}, s)[""] >= 1).astype(float) for s in DEV.split(",")], 1)
     done = cells.finished({run: [run] for run in [*sft.values(), *grid.values()]})
     if sft[START] not in done:
         sys.exit(f"error: SFT of {START} passes is not finished; run without --report first")
-    base, figures = success(sft[START]), {"sft": {}, "grid": {}}
+    base, figures = success([sft[START]], DEV), {"sft": {}, "grid": {}}
     lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
              "| SFT passes | updates | success |", "|---|---|---|"]
     for n in (n for n in PASSES if sft[n] in done):
-        x, updates = success(sft[n]), round(spent([sft[n]])["updates"])
+        x, updates = success([sft[n]], DEV), round(spent([sft[n]])["updates"])
         figures["sft"][n] = {"updates": updates, "success": float(x.mean()), "interval": interval(x)}
         lines.append(f"| {n} | {updates} | {cell(x)} |")
     lines += ["", f"| from SFT of {START} passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
               "|---" * (len(rates) + 1) + "|"]
     for label in dict.fromkeys(label for label, _ in grid):
-        gaps = {rate: success(grid[label, rate]) - base for rate in rates if grid[label, rate] in done}
+        gaps = {rate: success([grid[label, rate]], DEV) - base for rate in rates if grid[label, rate] in done}
         figures["grid"][label] = {rate: [float(x.mean()), *interval(x)] for rate, x in gaps.items()}
         best = max(gaps, key=lambda rate: gaps[rate].mean(), default=None)
         lines.append(f"| {label} | " + " | ".join("not run" if rate not in gaps else f"**{cell(gaps[rate], True)}**" if rate == best else
@@ -168,6 +167,10 @@ def table2(cells: Cells, seeds: list[int]) -> None:
     if cells.finished({"base": [base]}):
         zero = [rewards({"": [base]}, s)[""] >= 1 for s in TEST.split(",")]
         lines.insert(4, f"| base | {PAPER['base']} | " + " | ".join(f"{100 * x.mean():.1f}" for x in zero) + " |" + " |" * 8)
+    together, ours = {label: success(paths, TEST) for label, paths in runs.items()}, [label for label in runs if label.startswith("StepAgent")]
+    lines += ["", "| paired, all tasks | " + " | ".join(f"{label} minus it" for label in ours) + " |", "|---" * (1 + len(ours)) + "|"]
+    lines += [f"| {other} | " + " | ".join(cell(together[label] - x, True) if label != other else "" for label in ours) + " |"
+              for other, x in together.items()]
     write("table2", lines, figures)
 
 
@@ -191,7 +194,6 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     long, many = cells.finished(long), cells.finished(many)
     if not long:
         sys.exit("error: figure4's runs of nine iterations are not finished; run without --report first")
-    success = lambda runs, splits, name="final": np.concatenate([rewards({"": runs}, s, name)[""] >= 1 for s in splits.split(",")], 1).astype(float)
     curves = {label: [success(runs, DEV, f"eval_{i}") for i in range(10)] for label, runs in long.items()}
     figures = {"iterations": {}, "practice": {}}
     for label, curve in curves.items():
@@ -258,14 +260,14 @@ def experts(cells: Cells, seeds: list[int]) -> None:
                          for s in seeds] for label in labels for n in counts}
     base = [cells.add(cells.sft(s, TEST)[0]) for s in seeds]
     cells.wait()
-    cells.finished(runs | {"SFT": base})
-    success = lambda paths: np.concatenate([(rewards({"": paths}, s)[""] >= 1).astype(float) for s in TEST.split(",")], 1)
-    figures = {label: {n: [float((success(runs[label, n]) - success(base)).mean()), *interval(success(runs[label, n]) - success(base))]
-                       for n in counts} for label in labels}
+    runs = cells.finished(runs)
+    cells.finished({"SFT": base})
+    gaps = {key: success(paths, TEST) - success(base, TEST) for key, paths in runs.items()}
+    figures = {label: {n: [float(gaps[label, n].mean()), *interval(gaps[label, n])] for n in counts if (label, n) in gaps} for label in labels}
     lines = [f"Points of success above SFT, paired, {len(seeds)} seed{'s' * (len(seeds) > 1)}, 600 test tasks; SFT has 700 demonstrations of its own.",
              "", "| demonstrations practised | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
     lines += [f"| {label} | " + " | ".join(f"{100 * x[0]:+.1f} [{100 * x[1]:+.1f}, {100 * x[2]:+.1f}]" for x in f.values()) + " |"
-              for label, f in figures.items()]
+              for label, f in figures.items() if len(f) == len(counts)]
     write("experts", lines, figures)
 
 
@@ -312,6 +314,11 @@ def along(steps: list[dict]) -> tuple[list[bool], list[bool]]:
 
 
 # ------------------------------------------------------------------------------------------------------------------ results
+
+def success(runs: list[str], splits: str, name: str = "final") -> np.ndarray:
+    """[seeds, tasks of all splits], 0 or 1."""
+    return np.concatenate([rewards({"": runs}, split, name)[""] >= 1 for split in splits.split(",")], 1).astype(float)
+
 
 class plot:
     """with plot(name, x, y) as axes: ...   saves experiments/results/name.svg"""
