@@ -109,12 +109,16 @@ def forget(run: Run, policy: nn.Module) -> None:
 
 
 def fill(run: Run, policy: nn.Module, folder: str | Path) -> None:
-    """Sharded weights become those of the folder. Rank 0 alone reads it (the host memory of one whole model), the others get their pieces."""
+    """Sharded weights become those of the folder. Rank 0 alone reads it (the host memory of one whole model), and
+    sends it to the others weight by weight, of which each keeps its piece."""
     state = {}
     if run.rank == 0:
         whole = read_policy(folder)
+        if policy.config.tie_word_embeddings and whole.lm_head.weight is not whole.model.embed_tokens.weight:
+            raise InputError(f"model {folder}: config.json says that head and embeddings are tied, the weights differ; set tie_word_embeddings "
+                             "to false there")
         state, policy.generation_config = whole.state_dict(), whole.generation_config
-    set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
+    set_model_state_dict(policy, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def save_policy(run: Run, policy: nn.Module, tokenizer, target: Path) -> None:
@@ -191,22 +195,25 @@ def training_bytes(policy: nn.Module, c, split: int = 1) -> dict[str, float]:
     kept = 4 * h.hidden_size * h.num_hidden_layers + inside if c.checkpointing else inside * h.num_hidden_layers
     if c.lora_rank:
         held, copies, whole = width * (p - learnt) + 16 * learnt, 0, width * (p - learnt) + 4 * learnt
+        least = whole
     elif split > 1:                                  # all-gathered: head and embeddings, this layer and the next; their gradients in float32
         held, copies, whole = 16 * p / split, (width + 4) * (rest + 2 * layer), 4 * p / split + width * p
-        least = 4 * p / split + width * (rest + 2 * layer)
+        least = 4 * p / split + width * max(2 * rest, rest + 2 * layer)            # what is gathered is copied once
     else:
         held, copies, whole = 16 * p, width * p if width == 2 else 0, (4 + (width == 2) * 2) * p
-    return {"held": held, "update": held + copies + c.micro_tokens * kept + 24 * max(2 ** 23, 256 * h.vocab_size), "generate": whole,
-            "least": least if split > 1 else whole}
+        least = whole
+    return {"held": held, "update": held + copies + c.micro_tokens * kept + 24 * max(2 ** 23, 256 * h.vocab_size), "generate": whole, "least": least}
 
 
 def must_shard(run: Run, policy: nn.Module) -> bool:
-    """--shard, or for auto: does an update fit where every rank holds all? Notes in policy.gathers_whole whether the ranks can hold all while
-    they decode, beside a quarter for keys and values (Run.room). InputError where by arithmetic nothing fits."""
-    c, split = run.config, run.split()
+    """--shard, or for auto: does an update fit where every rank holds all? Notes on the policy over how many ranks (`pieces`: of a node, or
+    all where those are too few), and whether they can hold all weights while they decode, beside a quarter for keys and values (Run.room;
+    `gathers_whole`). InputError where by arithmetic nothing fits."""
+    c = run.config
     room = min(part["memory"] for part in run.gather({"memory": run.memory()}))                       # one decision for all
     sharded = run.world > 1 and not c.lora_rank and (c.shard == "true" or c.shard == "auto" and training_bytes(policy, c)["update"] > 0.9 * room)
-    need = training_bytes(policy, c, split if sharded else 1)
+    policy.pieces = next((n for n in (run.split(), run.world) if training_bytes(policy, c, n)["held"] <= room), run.world)
+    need = training_bytes(policy, c, policy.pieces if sharded else 1)
     policy.gathers_whole = need["generate"] <= 0.7 * room
     for what, name in (("held", "weights, gradients and Adam's moments"), ("least", "the weights that practice and evaluation read")):
         if need[what] > room:
@@ -216,9 +223,9 @@ def must_shard(run: Run, policy: nn.Module) -> bool:
 
 
 def shard(run: Run, policy: nn.Module, half: torch.dtype) -> None:
-    """FSDP2: float32 weights, gradients and moments lie in pieces on the ranks (of one node, where there are several: those keep copies);
-    each layer is gathered in the compute type as it runs."""
-    split = run.split()
+    """FSDP2: float32 weights, gradients and moments lie in policy.pieces on as many ranks (other nodes keep copies); each layer is gathered
+    in the compute type as it runs."""
+    split = policy.pieces
     mesh = dist.init_device_mesh(run.device.type, (run.world // split, split), mesh_dim_names=("copies", "pieces"))
     mesh = mesh["pieces"] if split == run.world else mesh
     kind = MixedPrecisionPolicy(param_dtype=half if half != torch.float32 else None, reduce_dtype=torch.float32)

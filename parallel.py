@@ -313,18 +313,20 @@ class Run:
         for part in policy.modules() if whole else [policy]:
             if isinstance(part, FSDPModule):
                 part.unshard()
-        working = torch.ones(1, device=self.device)
-        hook = policy.model.register_forward_pre_hook(lambda *_: None if whole else dist.all_reduce(working.fill_(1)))
+        hook = policy.model.register_forward_pre_hook(lambda *_: None if whole else self._working(1) and None)
         yield
         hook.remove()
-        while not whole and self._any_works(working):
+        while not whole and self._working(0):
             empty_pass(policy)
         policy.set_reshard_after_forward(True)
         policy.reset_iter_state()                                                  # and reshards: a rank that ran no pass must not differ
 
-    def _any_works(self, working: Tensor) -> bool:
-        dist.all_reduce(working.fill_(0))
-        return working.item() > 0
+    def _working(self, mine: int) -> int:
+        """How many ranks have work left. Waits until all have said so: what a GPU queues behind others' answers would time out."""
+        self.heart.waiting, ranks = True, torch.tensor([mine], device=self.device)
+        dist.all_reduce(ranks)
+        ranks, self.heart.waiting = ranks.item(), False
+        return ranks
 
     # ---- checkpoints inside a phase
 

@@ -72,8 +72,8 @@ def no_room_for_all_weights(rank):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_weights_too_large_for_a_device_are_gathered_layer_by_layer_while_ranks_decode(tmp_path, model, alone, ranks):
-    """Unequal shares: 7 trajectories, 3 tasks of an evaluation, so that one of 4 ranks only makes empty passes."""
-    together(tmp_path, ranks, [(method, {}, [*SEVEN, "--model", model, "--method", method, "--shard", "true"])
+    """Unequal shares: 7 trajectories, 3 tasks of an evaluation, so that one of 4 ranks only makes empty passes. 4 ranks: two nodes of two."""
+    together(tmp_path, ranks, [(method, {"LOCAL_WORLD_SIZE": "2"}, [*SEVEN, "--model", model, "--method", method, "--shard", "true"])
                                for method in ("stepagent-implicit", "ppo")], no_room_for_all_weights)
     for method in ("stepagent-implicit", "ppo"):
         one, many = alone[method], tmp_path / method
@@ -81,6 +81,14 @@ def test_weights_too_large_for_a_device_are_gathered_layer_by_layer_while_ranks_
         assert distance(weights(one / "policy"), weights(many / "policy")) < 1e-3 * moved
         alike(one, many)
         assert (one / "eval" / "final_test.jsonl").read_text() == (many / "eval" / "final_test.jsonl").read_text()
+
+
+def test_layer_by_layer_in_bfloat16_is_what_gathering_once_is(tmp_path, model):
+    words = [*SEVEN, "--model", model, "--shard", "true", "--dtype", "bfloat16", "--checkpointing", "true"]
+    for name, before in (("once", None), ("layers", no_room_for_all_weights)):
+        together(tmp_path, 2, [(name, {}, words)], before)
+    assert same_bits(weights(tmp_path / "once" / "policy"), weights(tmp_path / "layers" / "policy"))
+    assert metrics(tmp_path / "once") == metrics(tmp_path / "layers")
 
 
 def test_shares_are_balanced_whole_and_the_same_everywhere():
@@ -110,6 +118,11 @@ def test_sharding_is_chosen_by_arithmetic(model, monkeypatch):
     assert not must_shard(fake(2, 0.8 * need["update"], shard="false"), policy)
     with pytest.raises(InputError, match=r"weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"):
         must_shard(fake(2, 8 * p, shard="false"), policy)
+    nodes = fake(64, 5 * p)                                              # 16 p / 2 of a node are too much, 16 p / 64 are not
+    nodes.split = lambda: 2
+    assert must_shard(nodes, policy) and policy.pieces == 64
+    nodes.memory = lambda: 9 * p
+    assert must_shard(nodes, policy) and policy.pieces == 2
     with pytest.raises(InputError, match="the weights that practice and evaluation read need .* take more devices, or --lora-rank 16"):
         must_shard(fake(64, 0.5 * p), policy)
     for world, memory, whole in ((64, 5 * p, False), (64, 6 * p, True)):           # 4 p / 64 + 4 p bytes, beside a quarter for keys and values
@@ -129,6 +142,7 @@ def test_sharded_weights_are_those_of_the_folder(tmp_path, family, tied):
         here.rank, here.world, here.device, here.config = 0, 1, torch.device("cpu"), S.Config(dtype="float32")
         policy = outline(tmp_path)
         use_tree_attention(policy)
+        policy.pieces = 1
         shard(here, policy, torch.float32)
         fill(here, policy, tmp_path)
         data, leaves = [Encoded(list(range(3, 25)), [(9, 12), (18, 22)])], [[(0, [5, 6]), (1, [7, 8, 9])]]
