@@ -1,5 +1,6 @@
 """experiments/compare.py on small run directories of known figures."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +60,11 @@ def test_an_interval_covers_the_mean_and_narrows_with_tasks():
     few, many = ((gen.random((2, n)) < 0.5).astype(float) for n in (20, 2000))
     (a, b), (c, d) = compare.interval(few), compare.interval(many)
     assert a < few.mean() < b and c < many.mean() < d and d - c < (b - a) / 2
+
+
+def test_the_readme_shows_table2_as_it_was_computed():
+    root = Path(__file__).resolve().parent.parent
+    results = root / "experiments" / "results" / "table2.json"
+    rows = compare.short(json.loads(results.read_text()), ["test", "test_unseen"], "SFT+")
+    readme = (root / "README.md").read_text()
+    assert len(rows) == 13 and all(f"\n{row}\n" in readme for row in rows)
