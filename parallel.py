@@ -313,11 +313,14 @@ class Run:
         for part in policy.modules() if whole else [policy]:
             if isinstance(part, FSDPModule):
                 part.unshard()
-        hook = policy.model.register_forward_pre_hook(lambda *_: None if whole else self._working(1) and None)
-        yield
-        hook.remove()
-        while not whole and self._working(0):
-            empty_pass(policy)
+        if whole:
+            yield
+        else:
+            hook = policy.model.register_forward_pre_hook(lambda *_: self._working(1) and None)      # what a hook returns replaces the arguments
+            yield
+            hook.remove()
+            while self._working(0):
+                empty_pass(policy)
         policy.set_reshard_after_forward(True)
         policy.reset_iter_state()                                                  # and reshards: a rank that ran no pass must not differ
 

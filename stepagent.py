@@ -16,7 +16,7 @@ it as follows:
  3. D never scores what it was trained on: two folds by task, each scored by the D of the other; log D is clamped at -5.
  4. D's architecture is not given: a small MLP on a frozen feature of (s, a), the last hidden state at the action's final token. The
     action's log-prob is left out on purpose. The agent's samples are what it thinks probable, the expert's actions need not be, so a
-    D that sees it learns "improbable = expert", and its reward ranks the actions of a state against the expert (NOTES.md).
+    D that sees it learns "improbable = expert", and its reward ranks a state's actions against the expert (experiments/NOTES.md).
  5. Reference of eq. 6 = the policy at the start of the iteration. No second model is loaded: reference log-probs and features come
     from one pass of the training forward, kept with the practice actions.
  6. Eq. 2 lacks the log that eq. 3 has: SFT is the mean negative log-prob of action tokens, the stop token included.

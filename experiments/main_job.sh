@@ -14,7 +14,7 @@ run() { "$bin/torchrun" --standalone --nproc_per_node "$ranks" stepagent.py --en
 started=$(date +%s)
 run --method sft --out "$out/sft"
 init=(--init "$out/sft/policy")
-# learning rates: the best that `reproduce.py tune` found for each
+# learning rates: from `reproduce.py tune`
 run --method stepagent-implicit "${init[@]}" --lr 1.5e-4 --out "$out/implicit"
 run --method sft+ "${init[@]}" --lr 5e-4 --match "$out/implicit" --out "$out/sft_plus"
 run --method stepagent-inverse "${init[@]}" --lr 5e-5 --batch 256 --out "$out/inverse"

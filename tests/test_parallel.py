@@ -158,6 +158,15 @@ def test_sharded_weights_are_those_of_the_folder(tmp_path, family, tied):
         dist.destroy_process_group()
 
 
+def test_a_file_that_breaks_the_tie_that_its_config_promises_is_refused(tmp_path):
+    """Where a model is built from its config alone, head and embeddings would be one."""
+    tiny.model(tie_word_embeddings=False).float().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(InputError, match="are tied, the weights differ; set tie_word_embeddings to false"):
+        fill(SimpleNamespace(rank=0), outline(tmp_path), tmp_path)
+
+
 def test_all_machines_must_see_the_run_directory(tmp_path, monkeypatch):
     """A rank whose folder of that name is another one: it holds no lock of rank 0's."""
     other = parallel.Run.__new__(parallel.Run)
