@@ -212,7 +212,7 @@ def must_shard(run: Run, policy: nn.Module) -> bool:
     c = run.config
     room = min(part["memory"] for part in run.gather({"memory": run.memory()}))                       # one decision for all
     sharded = run.world > 1 and not c.lora_rank and (c.shard == "true" or c.shard == "auto" and training_bytes(policy, c)["update"] > 0.9 * room)
-    policy.pieces = next((n for n in (run.split(), run.world) if training_bytes(policy, c, n)["held"] <= room), run.world)
+    policy.pieces = run.split() if training_bytes(policy, c, run.split())["held"] <= room else run.world
     need = training_bytes(policy, c, policy.pieces if sharded else 1)
     policy.gathers_whole = need["generate"] <= 0.7 * room
     for what, name in (("held", "weights, gradients and Adam's moments"), ("least", "the weights that practice and evaluation read")):
