@@ -243,8 +243,8 @@ def shard(run: Run, policy: nn.Module, half: torch.dtype) -> None:
     policy.reshard()                                                               # the root keeps its first gathering otherwise
 
 
-def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:
-    """A Llama of about 1M parameters with random weights, and a byte-level BPE tokenizer made from the expert text (in a small
+def make_tiny(experts: list[Trajectory], folder: Path, seed: int, width: int = 128) -> None:
+    """A Llama with random weights, 0.9M parameters at width 128, and a byte-level BPE tokenizer made from the expert text (in a small
     world every word becomes one token), as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -259,8 +259,8 @@ def make_tiny(experts: list[Trajectory], folder: Path, seed: int) -> None:
                                "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
     torch.manual_seed(stable_seed(seed, "tiny"))
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-        initializer_range=0.08,                      # 1 / sqrt(width): at the library's 0.02, made for wide models, copying forms late
+        initializer_range=0.08 * (128 / width) ** 0.5,         # 1 / sqrt(width): at the library's 0.02, for wide models, copying forms late
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,6 +4,7 @@ what was not, what follows from an action, that another one is worth a try after
 tokenizer's vocabulary; no text of the expert is trained on.
 
     python experiments/pretrain.py --out runs/tiny-household        # then: stepagent.py --model runs/tiny-household
+    python experiments/pretrain.py --width 64 --out models/tiny-household-small         # the 0.25M parameters of `reproduce.py sizes`
 """
 from __future__ import annotations
 
@@ -95,6 +96,7 @@ def conversation(trajectory: Trajectory, tokenizer) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="a new folder; let its name begin with tiny")
+    parser.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 8 (default: 128, which is 0.85M parameters)")
     parser.add_argument("--updates", type=int, default=3000, help="of training (default: 3000); the rate falls to zero over them")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
     parser.add_argument("--batch", type=int, default=10, help="episodes per update (default: 10)")
@@ -103,7 +105,7 @@ def main() -> None:
         sys.exit(f"error: {args.out} exists; give another --out")
     logging.set_verbosity_error()
     env = make_env("household")
-    make_tiny([env.expert(t) for t in env.splits["train"][:2000]], Path(args.out), seed=0)       # random weights, tokenizer
+    make_tiny([env.expert(t) for t in env.splits["train"][:2000]], Path(args.out), seed=0, width=args.width)       # random weights, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
