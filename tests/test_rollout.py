@@ -624,3 +624,15 @@ def test_segment_gives_every_state_with_its_expert_action():
         assert state.steps == EXPERT[:i] + [Step(EXPERT[i].observation, "")]
         assert state.task_id == "task-7" and state.prompt == PROMPT
     assert t == expert()
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_folded_heads_attend_as_single_ones_do(queries):
+    """bfloat16 decoding on a CPU makes rows of the heads that share keys."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, n, 16, dtype=torch.bfloat16) for heads, n in ((6, queries), (2, 40), (2, 40)))
+    seen = torch.tensor([40, 17, 30])[:, None] - torch.arange(queries - 1, -1, -1)
+    mask = (torch.arange(40) < seen[..., None])[:, None]                             # [3, 1, queries, 40]
+    keys, values = (x.float().repeat_interleave(3, 1) for x in (k, v))
+    scores = (q.float() @ keys.transpose(2, 3) * 0.25).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(rollout._sdpa(q, k, v, 0.25, mask).float(), scores.softmax(-1) @ values, atol=0.02, rtol=0.02)
