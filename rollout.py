@@ -249,10 +249,6 @@ def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
 def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):     # fused kernels there know grouped heads only without a mask, in half
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    elif mask is not None and q.dtype == torch.bfloat16 and not q.is_cuda and q.shape[2] <= 8 and q.shape[1] != k.shape[1]:
-        # Decoding on a CPU: heads that share keys become rows of one product, five times as fast there as one query a head.
-        shape, group = q.shape, q.shape[1] // k.shape[1]
-        return _sdpa(q.reshape(*k.shape[:2], -1, shape[3]), k, v, scaling, mask.repeat(1, 1, group, 1)).view(shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -580,7 +576,12 @@ class RowCache:
         mask = far <= self.positions[..., None]
         if window:
             mask &= far > self.positions[..., None] - window
-        return _sdpa(q, keys, values, scaling, mask[:, None])
+        mask = mask[:, None]
+        if q.dtype == torch.bfloat16 and not q.is_cuda and q.shape[2] <= 8:
+            # Heads that share keys become rows of one product: for a single query five times as fast on a CPU in bfloat16.
+            rows, group = q.reshape(len(q), k.shape[1], -1, q.shape[3]), q.shape[1] // k.shape[1]
+            return _sdpa(rows, keys, values, scaling, mask.repeat(1, 1, group, 1)).reshape(q.shape)
+        return _sdpa(q, keys, values, scaling, mask)
 
     def keep(self, rows: Tensor):
         self.lengths = self.lengths[rows]

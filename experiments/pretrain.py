@@ -4,7 +4,7 @@ what was not, what follows from an action, that another one is worth a try after
 tokenizer's vocabulary; no text of the expert is trained on.
 
     python experiments/pretrain.py --out runs/tiny-household        # then: stepagent.py --model runs/tiny-household
-    python experiments/pretrain.py --width 64 --out models/tiny-household-small         # the 0.25M parameters of `reproduce.py sizes`
+    python experiments/pretrain.py --width 64 --out models/tiny-household-small         # the 0.23M parameters of `reproduce.py sizes`
 """
 from __future__ import annotations
 
@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
     parser.add_argument("--batch", type=int, default=10, help="episodes per update (default: 10)")
     args = parser.parse_args()
+    if args.width < 8 or args.width % 8:
+        parser.error("--width must be a multiple of 8")
     if Path(args.out).exists():
         sys.exit(f"error: {args.out} exists; give another --out")
     logging.set_verbosity_error()

@@ -11,7 +11,7 @@ scienceworld)   # 4 short tasks, 8 train, 8 dev and 8 test variations each
     options=(--env-options "tasks=find-non-living-thing,lifespan-longest-lived,lifespan-shortest-lived,lifespan-longest-lived-then-shortest-lived variations=8"
              --eval-tasks 32) ;;
 alfworld) options=(--experts 32 --eval-tasks 30) ;;
-hotpotqa) options=(--experts 32 --eval-tasks 30) longest=160 ;;            # its thoughts quote sentences: 64 tokens cut 40% of the actions
+hotpotqa) options=(--experts 32 --eval-tasks 30) longest=160 ;;            # its thoughts quote sentences: 64 tokens cut 40% of practice
 *) echo "error: unknown environment $env; give scienceworld, alfworld or hotpotqa" >&2; exit 2 ;;
 esac
 run() { "$bin/python" stepagent.py --env "$env" --model "$model" "${options[@]}" --max-new-tokens "$longest" --episodes 8 --checkpointing false --micro-tokens 2500 \

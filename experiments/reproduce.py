@@ -4,7 +4,7 @@
     table2    the compared methods from the same SFT start within a seed, on the 300 test and 300 test_unseen tasks
     table3    reward types of StepAgent-Inverse: step, final, both
     figure4   (a) iterations 0 to 9, on 500 dev tasks; (b) K = 1 to 5, on the test tasks
-    sizes     Figure 3's question at this scale: the same with a model of 0.25M parameters
+    sizes     Figure 3's question at this scale: the same with a model of 0.23M parameters
     experts   how success depends on the number of demonstrations practised
     carry     how far practice at expert states carries over to the states that the agent reaches itself
     all       everything, in this order
@@ -57,6 +57,7 @@ PAPER = {"base": 0.0, "SFT": 68.5, "PPO": 69.1, "DPO": 70.6, "RFT": 69.8, "SPIN"
          "StepAgent-Implicit": 74.2, "StepAgent-Inverse": 74.9}           # Table 2, Mistral-7B, ALFWorld: the household's nearest relative
 QUICK = ("--experts", "16", "--sft-experts", "8", "--practice-experts", "8", "--sft-epochs", "1", "--eval-tasks", "4", "--max-new-tokens", "4",
          "--env-options", "max_steps=19")
+SMALL = "models/tiny-household-small"
 BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
 
 
@@ -246,15 +247,15 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
 
 
 def sizes(cells: Cells, seeds: list[int]) -> None:
-    small = Cells(cells.out / "small", cells.jobs, "models/tiny-household-small", cells.run, cells.more, "small")
+    small = Cells(cells.out / "small", cells.jobs, SMALL, cells.run, cells.more, "small")
     labels = ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")
     runs = {}
-    for size, of in (("0.25M", small), ("0.85M", cells)):
+    for size, of in (("0.23M", small), ("0.85M", cells)):
         runs |= {f"SFT, {size}": [of.add(of.sft(s, TEST)[0]) for s in seeds]}
         runs |= {f"{label}, {size}": [of.method(label, s, TEST) for s in seeds] for label in labels}
     small.wait()
     cells.wait()
-    for size, of in (("0.25M", small), ("0.85M", cells)):
+    for size, of in (("0.23M", small), ("0.85M", cells)):
         of.finished({label: paths for label, paths in runs.items() if size in label})
     write("sizes", *table(runs, "SFT+, 0.85M", TEST.split(",")))
 
@@ -366,6 +367,8 @@ def main() -> None:
     if args.quick:
         args.out, RESULTS = Path("runs/reproduce-quick"), ROOT / "runs/reproduce-quick"
         RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.what in ("sizes", "all") and not args.report and not (ROOT / SMALL).exists():
+        sys.exit(f"error: {SMALL} is not there; make it: python experiments/pretrain.py --width 64 --out {SMALL}")
     cells = Cells((ROOT / args.out).resolve(), args.jobs, run=not args.report, more=QUICK if args.quick else ())
     for name in PARTS if args.what == "all" else [args.what]:
         PARTS[name](cells, args.seeds)

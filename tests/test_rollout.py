@@ -626,13 +626,19 @@ def test_segment_gives_every_state_with_its_expert_action():
     assert t == expert()
 
 
-@pytest.mark.parametrize("queries", [1, 4])
-def test_folded_heads_attend_as_single_ones_do(queries):
-    """bfloat16 decoding on a CPU makes rows of the heads that share keys."""
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_episodes_attend_in_bfloat16_as_in_float(queries):
+    """A CPU makes rows of the heads that share keys, for up to 8 queries."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, heads, n, 16, dtype=torch.bfloat16) for heads, n in ((6, queries), (2, 40), (2, 40)))
-    seen = torch.tensor([40, 17, 30])[:, None] - torch.arange(queries - 1, -1, -1)
-    mask = (torch.arange(40) < seen[..., None])[:, None]                             # [3, 1, queries, 40]
-    keys, values = (x.float().repeat_interleave(3, 1) for x in (k, v))
-    scores = (q.float() @ keys.transpose(2, 3) * 0.25).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(rollout._sdpa(q, k, v, 0.25, mask).float(), scores.softmax(-1) @ values, atol=0.02, rtol=0.02)
+    draw = lambda n: [torch.randn(3, heads, n, 16, dtype=torch.bfloat16) for heads in (6, 2, 2)]
+    cache, lengths, old, new = rollout.RowCache(3, "cpu"), [40, 17, 30], draw(40), draw(queries)
+    cache.begin(40)
+    cache.attend(0, *old, 0.25, None)
+    cache.lengths = torch.tensor(lengths)
+    cache.begin(queries)
+    got = cache.attend(0, *new, 0.25, None)
+    for r, n in enumerate(lengths):
+        keys, values = (torch.cat([x[r, :, :n], y[r]], 1).float().repeat_interleave(3, 0) for x, y in zip(old[1:], new[1:]))
+        hidden = torch.arange(n + queries) > n + torch.arange(queries)[:, None]
+        weights = (new[0][r].float() @ keys.transpose(1, 2) * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
+        torch.testing.assert_close(got[r].float(), weights @ values, atol=0.02, rtol=0.02)
