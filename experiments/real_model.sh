@@ -10,11 +10,11 @@ case $env in
 scienceworld)   # 4 short tasks, 8 train, 8 dev and 8 test variations each
     options=(--env-options "tasks=find-non-living-thing,lifespan-longest-lived,lifespan-shortest-lived,lifespan-longest-lived-then-shortest-lived variations=8"
              --eval-tasks 32) ;;
-alfworld) options=(--experts 32 --eval-tasks 30) ;;
-hotpotqa) options=(--experts 32 --eval-tasks 30) longest=160 ;;            # its thoughts quote sentences: 64 tokens cut 40% of practice
+alfworld) options=(--experts 32 --eval-tasks 20 --episodes 20) ;;
+hotpotqa) options=(--experts 32 --eval-tasks 30 --episodes 15) longest=160 ;;            # its thoughts quote sentences: 64 tokens cut 40% of practice
 *) echo "error: unknown environment $env; give scienceworld, alfworld or hotpotqa" >&2; exit 2 ;;
 esac
-run() { "$bin/python" stepagent.py --env "$env" --model "$model" "${options[@]}" --max-new-tokens "$longest" --episodes 8 --checkpointing false --micro-tokens 2500 \
+run() { "$bin/python" stepagent.py --env "$env" --model "$model" --episodes 8 "${options[@]}" --max-new-tokens "$longest" --checkpointing false --micro-tokens 2500 \
         --eval-each "" --eval-splits dev,test --iterations 1 --leaves 64 "$@"; }
 run --method sft --sft-lr 1e-4 --sft-batch 4 --sft-epochs 3 --out "$out/sft"
 init=(--init "$out/sft/policy" --lr 5e-6)
