@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -412,11 +411,18 @@ class LeafCache:
     longest, [N, H_kv, L, D], and the rows of each take slots 0, 1, .. beside it, so that one product serves all trunks."""
 
     def __init__(self, trunks: dict[int, list[tuple[Tensor, Tensor]]], owner: Tensor, prefix: Tensor):
-        pad = lambda parts: pad_sequence([x.transpose(0, 1) for x in parts], batch_first=True).transpose(1, 2)
-        self.trunks = {layer: tuple(map(pad, zip(*trunks.pop(layer)))) for layer in list(trunks)}       # frees as it goes
+        self.trunks = {layer: tuple(map(self._pad, zip(*trunks.pop(layer)))) for layer in list(trunks)}       # frees as it goes
         self.owner, self.prefix, self.length = owner, prefix, 0          # [R] trunk of each row, [R] trunk tokens that it sees
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
         self._seats()
+
+    @staticmethod
+    def _pad(parts: Sequence[Tensor]) -> Tensor:
+        """[H_kv, L_i, D] each -> [N, H_kv, L, D], contiguous: products would copy anything else at every token."""
+        out = parts[0].new_zeros(len(parts), parts[0].shape[0], max(x.shape[1] for x in parts), parts[0].shape[2])
+        for row, x in zip(out, parts):
+            row[:, :x.shape[1]] = x
+        return out
 
     def _seats(self):
         """Numbers the trunks that still have rows, and each trunk's rows."""
