@@ -20,7 +20,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import MethodType
@@ -433,12 +433,22 @@ class LeafCache:
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
         limit = self.prefix.new_full((len(alive), self.slots), -1)       # -1: an empty slot, whose output nobody reads
         limit[self.owner, self.slot] = self.prefix
-        # four blocks of slots, so that early steps do not look over the whole trunk: [N, 1, W/4, 1, 1] against positions; how many keys
-        # all of the block's leaves see, and how many it reads (CPUs copy a part of a bfloat16 cache before they multiply with it)
-        keys = next(iter(self.trunks.values()))[0]
-        all_of_it = keys.dtype == torch.bfloat16 and not keys.is_cuda
-        self.blocks = [(x[:, None, :, None, None], int(x[x >= 0].min()), keys.shape[2] if all_of_it else int(x.max()))
-                       for x in limit.split(-(-self.slots // 4), 1)]
+        self.limit, self.masks = limit, {}
+
+    def _blocks(self, group: int, window: int | None, like: Tensor) -> list[tuple[int, Tensor]]:
+        """Blocks of slots with some 32 queries each, `group` a slot, so that early steps do not look over the whole trunk: for each, how
+        many keys it reads, and what its queries must not see, as -1e30 to add to scores (finite: a row may see none), [N, 1, w * G, keys]."""
+        if window not in self.masks or window and self.masks[window][0] != self.length:
+            blocks = []
+            for limit in self.limit.split(-(-32 // group), 1):
+                reads = int(limit.max())
+                far, limit = torch.arange(reads, device=like.device), limit.repeat_interleave(group, 1)[:, None, :, None]
+                hidden = far >= limit
+                if window:
+                    hidden |= far <= limit + self.length - window
+                blocks.append((reads, like.new_zeros(hidden.shape).masked_fill_(hidden, -1e30)))
+            self.masks[window] = self.length, blocks         # the layers share them
+        return self.masks[window][1]
 
     def _append(self, layer, k, v):
         if layer not in self.own or self.own[layer][0].shape[2] == self.length:
@@ -451,27 +461,17 @@ class LeafCache:
     def attend(self, layer, q, k, v, scaling, window):
         """Two softmaxes, one over the trunk's prefix and one over the leaf, joined by their normalisers."""
         self._append(layer, k, v)
-        n, (rows, heads, _, dim) = self.length + 1, q.shape
-        q = q.view(rows, k.shape[1], heads // k.shape[1], dim) * scaling                       # [R, H_kv, G, D]
-        own_k, own_v = (x[:, :, max(0, n - window) if window else 0:n] for x in self.own[layer])
-        own_out, own_lse = _weigh((q @ own_k.transpose(2, 3)).float(), own_v)                  # [R, H_kv, G, D], [R, H_kv, G, 1]
+        n, (rows, heads, _, dim), group = self.length + 1, q.shape, q.shape[1] // k.shape[1]
+        q = q.view(rows, k.shape[1], group, dim)
+        own_out, own_lse = _weigh(q, *(x[:, :, max(0, n - window) if window else 0:n] for x in self.own[layer]), scaling)
         keys, values = self.trunks[layer]                                                      # [N, H_kv, L, D]
         seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
         seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
-        outs = []
-        for (limit, shortest, longest), some in zip(self.blocks, seated.split(self.blocks[0][0].shape[2], 1)):
-            flat = some.transpose(1, 2).reshape(len(keys), k.shape[1], -1, dim)                # [N, H_kv, W/4 * G, D]
-            scores = (flat @ keys[:, :, :longest].transpose(2, 3)).float().unflatten(2, (limit.shape[2], -1))
-            seen = 0 if window else shortest                                                   # so many are seen by all
-            far = torch.arange(seen, longest, device=q.device)
-            hidden = far >= limit
-            if window:
-                hidden = hidden | (far <= limit + self.length - window)
-            scores[..., seen:].masked_fill_(hidden, -1e30)                                     # finite: a row may see no trunk
-            outs.append(_weigh(scores.flatten(2, 3), values[:, :, :longest]))
-        out, lse = (torch.cat(x, 2) for x in zip(*outs))
-        out, lse = (x.unflatten(2, (self.slots, -1)).transpose(1, 2)[self.owner, self.slot] for x in (out, lse))
-        share = torch.sigmoid(lse - own_lse).to(v.dtype)
+        blocks = self._blocks(group, window, q)
+        flat = seated.transpose(1, 2).flatten(2, 3).split([mask.shape[2] for _, mask in blocks], 2)        # [N, H_kv, w * G, D] each
+        outs = [_weigh(some, keys[:, :, :reads], values[:, :, :reads], scaling, mask) for some, (reads, mask) in zip(flat, blocks)]
+        out, lse = (torch.cat(x, 2).unflatten(2, (self.slots, group)).transpose(1, 2)[self.owner, self.slot] for x in zip(*outs))
+        share = torch.sigmoid(lse - own_lse)[..., None].to(v.dtype)
         return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
 
     def keep(self, rows: Tensor):
@@ -480,11 +480,17 @@ class LeafCache:
         self._seats()
 
 
-def _weigh(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted values, and the softmax's log-normaliser (its largest weight tells, without a second exponential).
-    [.., T, L], [.., L, D] -> [.., T, D], [.., T, 1]"""
-    weights = scores.softmax(-1)
-    return weights.to(values.dtype) @ values, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+def _weigh(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention [R, H, T, D] and its softmax's log-normalisers [R, H, T], fp32. mask: added to scores, [R, 1, T, L]."""
+    if q.device.type == "cpu":                       # the kernel behind sdpa there; sdpa itself does not give the normalisers
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scaling)
+    return _weigh_by_products(q, k, v, scaling, mask)
+
+
+def _weigh_by_products(q, k, v, scaling, mask):
+    scores = scaling * (q @ k.transpose(2, 3)).float()
+    scores = scores if mask is None else scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
 @torch.no_grad()
@@ -597,12 +603,17 @@ class RowCache:
 @dataclass
 class _Row:
     """One running episode: its world, what is written so far, and the tokens that the model has not read yet."""
-    episode: object
     trajectory: Trajectory
-    observation: str
     generator: torch.Generator
-    pending: list[int]
+    job: Future | None = None                        # its world starts or answers
+    old: bool = False                                # asked before the last stretch of writing
+    episode: object = None
+    observation: str = ""
+    pending: list[int] = field(default_factory=list)
     length: int = 0                                  # tokens read
+    action: list[int] = field(default_factory=list)
+    room: int = 0                                    # tokens that the action may have
+    noise: list[float] = field(default_factory=list)
     invalid: int = 0
     done: bool = False
 
@@ -615,67 +626,58 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
     number of invalid actions. Greedy at temperature 0; otherwise seeded by (seed, task), whatever shares the batch. An episode
     that outgrows the model's context ends as truncated. progress(n) is called as n more tasks end.
 
-    The worlds of a slow environment (env.slow) are two halves: one half's worlds answer while the other half's agents write.
-    Who shares a batch with whom follows from the episodes alone, not from timing, so that a repetition gives the same bits."""
+    Rows write side by side. Whenever a quarter of them have a whole action, these ask their worlds and read the answers, and the
+    others go on where they were: nobody waits for the longest action. The worlds of a slow environment (env.slow) answer during the
+    next such stretch. Who shares a pass with whom follows from the episodes alone, not from timing, so that a repetition gives the
+    same bits."""
     use_tree_attention(model)
-    limit, stops, waiting, halves = model.config.max_position_embeddings, stop_ids(tokenizer), list(task_ids), []
+    limit, stops, waiting, slow = model.config.max_position_embeddings, stop_ids(tokenizer), list(task_ids), getattr(env, "slow", False)
     finished: dict[str, Trajectory] = {}
-    batch = min(batch, len(task_ids))
     with ThreadPoolExecutor(8) as pool:
-        def start(n: int) -> list[_Row]:
-            """The next n waiting tasks, as running episodes."""
-            running = []
-            while waiting and len(running) < n:
-                some = [waiting.pop(0) for _ in range(min(n - len(running), len(waiting)))]
-                begun = pool.map(lambda task: _start(env, tokenizer, limit, task, list(prompt), seed), some)
-                running += [row for row in begun if not leave(row)]
-            return running
+        def begin() -> _Row:
+            task = waiting.pop(0)
+            row = _Row(Trajectory(task, list(prompt), info={"invalid": 0}), torch.Generator().manual_seed(stable_seed(seed, task)))
+            row.job = pool.submit(_start, env, tokenizer, limit, row)
+            return row
 
-        def leave(row: _Row) -> bool:
-            if row.done:
-                finished[row.trajectory.task_id] = row.trajectory
-                progress(1)
-            return row.done
-
-        for size in ((batch + 1) // 2, batch // 2) if getattr(env, "slow", False) else (batch,):
-            rows = start(size)
-            halves.append(_Half(rows, RowCache(len(rows), model.device)))
-        while any(half.rows for half in halves):
-            for half in halves:
-                list(half.answers)                                       # waits for the worlds, and raises what they raised
-                gone = [j for j, row in enumerate(half.rows) if leave(row)]
-                for j, row in zip(list(gone), start(len(gone))):         # a waiting task takes the place of a finished one
-                    half.rows[j], half.cache.lengths[j] = row, 0
-                    gone.remove(j)
-                if gone:
-                    alive = [j for j in range(len(half.rows)) if j not in gone]
-                    half.cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
-                    half.rows = [half.rows[j] for j in alive]
-                if half.rows:
-                    actions = _write_actions(model, half.rows, half.cache, temperature, max_new_tokens, stops)
-                    half.answers = pool.map(lambda pair: _answer(env, tokenizer, limit, *pair), zip(half.rows, actions))
+        rows = [begin() for _ in range(min(batch, len(waiting)))]
+        cache = RowCache(len(rows), model.device)
+        hidden = torch.zeros(len(rows), model.config.hidden_size, device=model.device, dtype=model.dtype)
+        while rows:
+            due = [j for j, row in enumerate(rows) if row.job]
+            if slow:                                                     # where all wait, half of them do so during the next stretch, too
+                due = [j for j in due if rows[j].old] or due[:(len(due) + 1) // 2 if len(due) == len(rows) else 0]
+            for j in due:                                                # grows
+                rows[j].job.result()                                     # waits for the world, and raises what it raised
+                rows[j].job = None
+                if rows[j].done:
+                    finished[rows[j].trajectory.task_id] = rows[j].trajectory
+                    progress(1)
+                    if waiting:                                          # a waiting task takes the place of a finished one
+                        rows[j] = begin()
+                        due += [] if slow else [j]
+            alive = [j for j, row in enumerate(rows) if row.job or not row.done]
+            if len(alive) < len(rows):
+                cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
+                hidden, rows = hidden[alive], [rows[j] for j in alive]
+            _read(model, rows, cache, hidden, max_new_tokens)
+            for row in rows:
+                row.old = row.job is not None
+            hidden, written = _write(model, rows, cache, hidden, temperature, stops)
+            for row in written:
+                row.job = pool.submit(_answer, env, tokenizer, limit, row)
     return [finished[task] for task in task_ids]
 
 
-@dataclass
-class _Half:
-    """Episodes that write their actions together, their cache, and what their worlds are working on."""
-    rows: list[_Row]
-    cache: RowCache
-    answers: Iterable = ()
-
-
-def _start(env, tokenizer, limit: int, task: str, prompt: list[dict], seed: int) -> _Row:
-    episode, observation = env.start(task)
-    generator = torch.Generator().manual_seed(stable_seed(seed, task))
-    row = _Row(episode, Trajectory(task, prompt, info={"invalid": 0}), observation, generator,
-               prompt_ids(tokenizer, prompt, observation))
+def _start(env, tokenizer, limit: int, row: _Row) -> None:
+    task, prompt = row.trajectory.task_id, row.trajectory.prompt
+    row.episode, row.observation = env.start(task)
+    row.pending = prompt_ids(tokenizer, prompt, row.observation)
     if len(row.pending) >= limit:                                        # over before it began
         row.done = row.trajectory.truncated = True
         row.trajectory.info["outgrown"] = 1
-        if hasattr(episode, "close"):
-            episode.close()
-    return row
+        if hasattr(row.episode, "close"):
+            row.episode.close()
 
 
 def stable_seed(*parts) -> int:
@@ -683,36 +685,44 @@ def stable_seed(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def _write_actions(model, rows: list[_Row], cache: RowCache, temperature: float, max_new_tokens: int, stops: set[int]) -> list[list[int]]:
-    """Every row reads its pending tokens (prefill), then all write one action each, token by token (decode)."""
-    device, limit = model.device, model.config.max_position_embeddings
-    new = torch.tensor([len(row.pending) for row in rows], device=device)
-    hidden = torch.empty(len(rows), model.config.hidden_size, device=device, dtype=model.dtype)
-    for some in _alike([len(row.pending) for row in rows]):
-        width, index = max(len(rows[j].pending) for j in some), torch.tensor(some, device=device)
-        ids = torch.tensor([rows[j].pending + [0] * (width - len(rows[j].pending)) for j in some], device=device)
+def _read(model, rows: list[_Row], cache: RowCache, hidden: Tensor, max_new_tokens: int) -> None:
+    """Rows whose worlds have answered read their pending tokens (prefill); hidden[row] becomes what their action begins with."""
+    reading = [j for j, row in enumerate(rows) if not row.job and row.pending]
+    cache.lengths = torch.tensor([row.length for row in rows], device=model.device)
+    for group in _alike([len(rows[j].pending) for j in reading]):
+        some = [reading[j] for j in group]
+        width, index = max(len(rows[j].pending) for j in some), torch.tensor(some, device=model.device)
+        ids = torch.tensor([rows[j].pending + [0] * (width - len(rows[j].pending)) for j in some], device=model.device)
         out = _forward(model, ids, cache.begin(width, None if len(some) == len(rows) else index), cache)
-        hidden[index] = out[torch.arange(len(some), device=device), new[index] - 1].to(hidden.dtype)
-    cache.lengths = cache.lengths + new
-    heat = torch.full((len(rows),), float(temperature), device=device)
-    room = [min(max_new_tokens, limit - n) for n in cache.lengths.tolist()]
-    noise = torch.stack([torch.rand(max_new_tokens, generator=row.generator, dtype=torch.float64) for row in rows]).to(device)
-    actions: list[list[int]] = [[] for _ in rows]
-    open_rows = [True] * len(rows)
-    for t in range(max_new_tokens):
-        token = sample(model.lm_head(hidden), heat, noise[:, t])
+        last = torch.tensor([len(rows[j].pending) - 1 for j in some], device=model.device)
+        hidden[index] = out[torch.arange(len(some), device=model.device), last].to(hidden.dtype)
+    for row in (rows[j] for j in reading):
+        row.length, row.pending, row.action = row.length + len(row.pending), [], []
+        row.room = min(max_new_tokens, model.config.max_position_embeddings - row.length)
+        row.noise = torch.rand(max_new_tokens, generator=row.generator, dtype=torch.float64).tolist()
+
+
+def _write(model, rows: list[_Row], cache: RowCache, hidden: Tensor, temperature: float, stops: set[int]) -> tuple[Tensor, list[_Row]]:
+    """Rows that do not wait for their worlds write, token by token (decode), until a quarter of all rows have a whole action.
+    -> hidden states for the next token, and those that have one; their last token is sampled, not read."""
+    writing, written = [row.job is None for row in rows], []
+    heat = torch.full((len(rows),), float(temperature), device=model.device)
+    while any(writing) and 4 * len(written) < len(rows):
+        noise = torch.tensor([row.noise[len(row.action)] if w else 0.0 for row, w in zip(rows, writing)], dtype=torch.float64)
+        token = sample(model.lm_head(hidden), heat, noise.to(model.device))
         for j, value in enumerate(token.tolist()):
-            if open_rows[j]:
-                actions[j].append(value)
-                open_rows[j] = value not in stops and len(actions[j]) < room[j]
-        if not any(open_rows):
-            break
-        writing = torch.tensor(open_rows, device=device)                 # the others idle: their length stands still
-        hidden = _forward(model, token[:, None], cache.begin(1), cache)[:, 0]
-        cache.lengths = cache.lengths + writing
-    for row, action, n in zip(rows, actions, cache.lengths.tolist()):
-        row.length, row.pending = n, action[-1:]                         # the last token is sampled, not read
-    return actions
+            if writing[j]:
+                row = rows[j]
+                row.action.append(value)
+                if value in stops or len(row.action) == row.room:
+                    row.pending, writing[j] = [value], False
+                    written.append(row)
+        if any(writing):                                                 # the others idle: their length stands still
+            cache.lengths = torch.tensor([row.length for row in rows], device=model.device)
+            hidden = _forward(model, token[:, None], cache.begin(1), cache)[:, 0]
+            for row, w in zip(rows, writing):
+                row.length += w
+    return hidden, written
 
 
 def _alike(lengths: list[int], most: int = 16384) -> list[list[int]]:
@@ -722,12 +732,12 @@ def _alike(lengths: list[int], most: int = 16384) -> list[list[int]]:
         if not groups or lengths[j] * (len(groups[-1]) + 1) > most or lengths[j] > 2 * lengths[groups[-1][0]] + 64:
             groups.append([])
         groups[-1].append(j)
-    return [sorted(group) for group in groups] if len(groups) > 1 else [list(range(len(lengths)))]
+    return [sorted(group) for group in groups]
 
 
-def _answer(env, tokenizer, limit: int, row: _Row, action: list[int]) -> None:
+def _answer(env, tokenizer, limit: int, row: _Row) -> None:
     """The world answers one action; the row's pending tokens become what the model reads next."""
-    stops, trajectory = stop_ids(tokenizer), row.trajectory
+    stops, trajectory, action = stop_ids(tokenizer), row.trajectory, row.action
     text = tokenizer.decode(action[:-1] if action[-1] in stops else action)
     observation, trajectory.reward, ended, info = row.episode.step(text)
     trajectory.steps.append(Step(row.observation, text, action))
