@@ -410,9 +410,10 @@ class LeafCache:
     Rows are leaves, those of one trunk side by side; all have the same number of own tokens, `length`. Trunks are padded to the
     longest, [N, H_kv, L, D], and the rows of each take slots 0, 1, .. beside it, so that one product serves all trunks."""
 
-    def __init__(self, trunks: dict[int, list[tuple[Tensor, Tensor]]], owner: Tensor, prefix: Tensor):
+    def __init__(self, trunks: dict[int, list[tuple[Tensor, Tensor]]], owner: Tensor, prefix: Tensor, group: int):
         self.trunks = {layer: tuple(map(self._pad, zip(*trunks.pop(layer)))) for layer in list(trunks)}       # frees as it goes
         self.owner, self.prefix, self.length = owner, prefix, 0          # [R] trunk of each row, [R] trunk tokens that it sees
+        self.group = group                                               # query heads that share a key head
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                  # layer -> keys, values [R, H_kv, capacity, D]
         self._seats()
 
@@ -433,21 +434,23 @@ class LeafCache:
         self.slot, self.slots = torch.arange(len(self.owner), device=first.device) - first, int(counts.max())
         limit = self.prefix.new_full((len(alive), self.slots), -1)       # -1: an empty slot, whose output nobody reads
         limit[self.owner, self.slot] = self.prefix
-        self.limit, self.masks = limit, {}
+        # Blocks of slots, so that early steps do not look over the whole trunk: their limits [N, 1, w * G, 1], and how many keys they read.
+        # 32 queries are what the CPU's kernel takes at once; elsewhere a call costs more than the work it saves.
+        size = -(-32 // self.group) if limit.device.type == "cpu" else -(-self.slots // 4)
+        self.blocks = [(x.repeat_interleave(self.group, 1)[:, None, :, None], int(x.max())) for x in limit.split(size, 1)]
+        self.masks: dict[int | None, tuple] = {}     # window -> (length, masks): the layers share them
 
-    def _blocks(self, group: int, window: int | None, like: Tensor) -> list[tuple[int, Tensor]]:
-        """Blocks of slots with some 32 queries each, `group` a slot, so that early steps do not look over the whole trunk: for each, how
-        many keys it reads, and what its queries must not see, as -1e30 to add to scores (finite: a row may see none), [N, 1, w * G, keys]."""
+    def _masks(self, window: int | None, like: Tensor) -> list[Tensor]:
+        """What the queries of each block must not see, as -1e30 to add to scores (finite: a row may see none), [N, 1, w * G, keys]."""
         if window not in self.masks or window and self.masks[window][0] != self.length:
-            blocks = []
-            for limit in self.limit.split(-(-32 // group), 1):
-                reads = int(limit.max())
-                far, limit = torch.arange(reads, device=like.device), limit.repeat_interleave(group, 1)[:, None, :, None]
+            masks = []
+            for limit, reads in self.blocks:
+                far = torch.arange(reads, device=like.device)
                 hidden = far >= limit
                 if window:
                     hidden |= far <= limit + self.length - window
-                blocks.append((reads, like.new_zeros(hidden.shape).masked_fill_(hidden, -1e30)))
-            self.masks[window] = self.length, blocks         # the layers share them
+                masks.append(like.new_zeros(hidden.shape).masked_fill_(hidden, -1e30))
+            self.masks[window] = self.length, masks
         return self.masks[window][1]
 
     def _append(self, layer, k, v):
@@ -461,16 +464,16 @@ class LeafCache:
     def attend(self, layer, q, k, v, scaling, window):
         """Two softmaxes, one over the trunk's prefix and one over the leaf, joined by their normalisers."""
         self._append(layer, k, v)
-        n, (rows, heads, _, dim), group = self.length + 1, q.shape, q.shape[1] // k.shape[1]
-        q = q.view(rows, k.shape[1], group, dim)
+        n, (rows, heads, _, dim) = self.length + 1, q.shape
+        q = q.view(rows, k.shape[1], self.group, dim)
         own_out, own_lse = _weigh(q, *(x[:, :, max(0, n - window) if window else 0:n] for x in self.own[layer]), scaling)
         keys, values = self.trunks[layer]                                                      # [N, H_kv, L, D]
         seated = q.new_zeros(len(keys), self.slots, *q.shape[1:])
         seated[self.owner, self.slot] = q                                                      # [N, W, H_kv, G, D]
-        blocks = self._blocks(group, window, q)
-        flat = seated.transpose(1, 2).flatten(2, 3).split([mask.shape[2] for _, mask in blocks], 2)        # [N, H_kv, w * G, D] each
-        outs = [_weigh(some, keys[:, :, :reads], values[:, :, :reads], scaling, mask) for some, (reads, mask) in zip(flat, blocks)]
-        out, lse = (torch.cat(x, 2).unflatten(2, (self.slots, group)).transpose(1, 2)[self.owner, self.slot] for x in zip(*outs))
+        flat = seated.transpose(1, 2).flatten(2, 3).split(self.blocks[0][0].shape[2], 2)       # [N, H_kv, w * G, D] each
+        outs = [_weigh(some, keys[:, :, :reads], values[:, :, :reads], scaling, mask)
+                for some, (_, reads), mask in zip(flat, self.blocks, self._masks(window, q))]
+        out, lse = (torch.cat(x, 2).unflatten(2, (self.slots, self.group)).transpose(1, 2)[self.owner, self.slot] for x in zip(*outs))
         share = torch.sigmoid(lse - own_lse)[..., None].to(v.dtype)
         return (share * out + (1 - share) * own_out).reshape(rows, heads, 1, dim)
 
@@ -487,7 +490,7 @@ def _weigh(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None 
     return _weigh_by_products(q, k, v, scaling, mask)
 
 
-def _weigh_by_products(q, k, v, scaling, mask):
+def _weigh_by_products(q, k, v, scaling, mask=None):
     scores = scaling * (q @ k.transpose(2, 3)).float()
     scores = scores if mask is None else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
@@ -527,7 +530,8 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
         tree.kept.clear()                                                # the cache's padded copy is to be the only one
     hidden, noise = torch.cat(states), torch.cat(noise).to(device)
     heat = torch.tensor(heats * (len(hidden) // k), device=device)
-    cache = LeafCache(trunks, torch.tensor(owner, device=device), torch.tensor(prefix, device=device))
+    cache = LeafCache(trunks, torch.tensor(owner, device=device), torch.tensor(prefix, device=device),
+                      model.config.num_attention_heads // model.config.num_key_value_heads)
 
     written = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((len(hidden),), max_new_tokens, device=device)
@@ -636,20 +640,22 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
     use_tree_attention(model)
     limit, stops, waiting, slow = model.config.max_position_embeddings, stop_ids(tokenizer), list(task_ids), getattr(env, "slow", False)
     finished: dict[str, Trajectory] = {}
-    with ThreadPoolExecutor(8) as pool:
-        def begin() -> _Row:
-            task = waiting.pop(0)
-            row = _Row(Trajectory(task, list(prompt), info={"invalid": 0}), torch.Generator().manual_seed(stable_seed(seed, task)))
-            row.job = pool.submit(_start, env, tokenizer, limit, row)
-            return row
+    pool = ThreadPoolExecutor(8)
 
+    def begin() -> _Row:
+        task = waiting.pop(0)
+        row = _Row(Trajectory(task, list(prompt), info={"invalid": 0}), torch.Generator().manual_seed(stable_seed(seed, task)))
+        row.job = pool.submit(_start, env, tokenizer, limit, row)
+        return row
+
+    try:
         rows = [begin() for _ in range(min(batch, len(waiting)))]
         cache = RowCache(len(rows), model.device)
         hidden = torch.zeros(len(rows), model.config.hidden_size, device=model.device, dtype=model.dtype)
         while rows:
             due = [j for j, row in enumerate(rows) if row.job]
-            if slow:                                                     # where all wait, half of them do so during the next stretch, too
-                due = [j for j in due if rows[j].old] or due[:(len(due) + 1) // 2 if len(due) == len(rows) else 0]
+            if slow:                                                     # where nearly all wait, half of them do so a stretch longer
+                due = [j for j in due if rows[j].old] or due[:(len(due) + 1) // 2 if 4 * len(due) > 3 * len(rows) else 0]
             for j in due:                                                # grows
                 rows[j].job.result()                                     # waits for the world, and raises what it raised
                 rows[j].job = None
@@ -669,7 +675,9 @@ def run_episodes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, env
             hidden, written = _write(model, rows, cache, hidden, temperature, stops)
             for row in written:
                 row.job = pool.submit(_answer, env, tokenizer, limit, row)
-    return [finished[task] for task in task_ids]
+        return [finished[task] for task in task_ids]
+    finally:
+        pool.shutdown(cancel_futures=True)                               # after an error nobody waits for worlds that have not begun
 
 
 def _start(env, tokenizer, limit: int, row: _Row) -> None:

@@ -249,8 +249,11 @@ def test_the_model_cannot_be_called_without_its_tree():
 # ---- practice
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", [1, 3])
-def test_greedy_practice_is_greedy_decoding_of_every_state(family, number):
+@pytest.mark.parametrize("number, products", [(1, False), (3, False), (3, True)])
+def test_greedy_practice_is_greedy_decoding_of_every_state(family, number, products, monkeypatch):
+    """products: as it is computed where there is no kernel that gives log-normalisers."""
+    if products:
+        monkeypatch.setattr(rollout, "_weigh", rollout._weigh_by_products)
     model = tiny.model(family)
     ordinary, encoded = copy.deepcopy(model), example()[0][:number]
     found = practice(model, encoded, 2, 0.0, 12, STOPS)
@@ -441,6 +444,24 @@ def test_a_slow_world_answers_while_others_write():
 
     run_episodes(model, tokenizer, World(turns=1), ["first", "second"], batch=2, max_new_tokens=4)
     assert ("first", True) in seen
+
+
+@pytest.mark.parametrize("world", [Parrot, SlowParrot])
+def test_after_an_error_no_further_worlds_begin(world):
+    model, tokenizer = talker()
+    begun = []
+
+    class World(world):
+        def start(self, task):
+            begun.append(task)
+            if len(begun) == 1:
+                raise InputError("no such task")
+            time.sleep(0.1)
+            return super().start(task)
+
+    with pytest.raises(InputError, match="no such task"):
+        run_episodes(model, tokenizer, World(), [f"t{i}" for i in range(60)])
+    assert len(begun) < 30
 
 
 def test_groups_hold_at_most_the_limit():
