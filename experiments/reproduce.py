@@ -255,9 +255,17 @@ def sizes(cells: Cells, seeds: list[int]) -> None:
         runs |= {f"{label}, {size}": [of.method(label, s, TEST) for s in seeds] for label in labels}
     small.wait()
     cells.wait()
-    for size, of in (("0.23M", small), ("0.85M", cells)):
-        of.finished({label: paths for label, paths in runs.items() if size in label})
-    write("sizes", *table(runs, "SFT+, 0.85M", TEST.split(",")))
+    runs = small.finished({label: paths for label, paths in runs.items() if "0.23M" in label}) | cells.finished(
+        {label: paths for label, paths in runs.items() if "0.85M" in label})
+    lines, figures = table(runs, "SFT+, 0.85M", TEST.split(","))
+    solved = {label: success(paths, TEST) for label, paths in runs.items()}
+    lines = [*lines[:-2], "", "| paired within a size, all tasks | 0.23M | 0.85M |", "|---|---|---|"]         # the last two: a verdict across sizes
+    figures["within"] = {}
+    for one, other in [(label, "SFT") for label in labels] + [(label, "SFT+") for label in labels[1:]]:
+        gaps = [solved[f"{one}, {size}"] - solved[f"{other}, {size}"] for size in ("0.23M", "0.85M")]
+        figures["within"][f"{one} minus {other}"] = [[float(x.mean()), *interval(x)] for x in gaps]
+        lines.append(f"| {one} minus {other} | " + " | ".join(cell(x, True) for x in gaps) + " |")
+    write("sizes", lines, figures)
 
 
 def experts(cells: Cells, seeds: list[int]) -> None:
