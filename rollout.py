@@ -491,9 +491,14 @@ def _weigh(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None 
 
 
 def _weigh_by_products(q, k, v, scaling, mask=None):
-    scores = scaling * (q @ k.transpose(2, 3)).float()
-    scores = scores if mask is None else scores + mask
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+    out, scores = _products(q, k, v, scaling, mask)
+    return out, scores.logsumexp(-1)
+
+
+def _products(q, k, v, scaling, mask=None):
+    scores = (q @ k.transpose(2, 3)).float().mul_(scaling)
+    scores = scores if mask is None else scores.add_(mask)
+    return scores.softmax(-1).to(v.dtype) @ v, scores
 
 
 @torch.no_grad()
@@ -600,7 +605,7 @@ class RowCache:
             self.masks[window] = -1e30 * (~mask[:, None].repeat(1, 1, group, 1)).float() if products else mask[:, None]
         if not products:
             return _sdpa(q, keys, values, scaling, self.masks[window])
-        return _weigh_by_products(q.reshape(len(q), k.shape[1], -1, q.shape[3]), keys, values, scaling, self.masks[window])[0].reshape(q.shape)
+        return _products(q.reshape(len(q), k.shape[1], -1, q.shape[3]), keys, values, scaling, self.masks[window])[0].reshape(q.shape)
 
     def keep(self, rows: Tensor):
         self.lengths = self.lengths[rows]
