@@ -118,11 +118,17 @@ class Run:
         self.lock.flush()
         os.fsync(self.lock.fileno())
 
+    def _owner(self) -> str:
+        """What the lock file says. Rank 0 never opens it again: the system drops a process's lock with the first handle that it closes."""
+        if self.rank == 0:
+            self.lock.seek(0)
+            return self.lock.read()
+        return self.path("lock").read_text(encoding="utf-8") if self.path("lock").exists() else ""
+
     def _open_directory(self):
         wanted = dataclasses.asdict(self.config)
-        owner = lambda: self.path("lock").read_text() if self.path("lock").exists() else ""
-        told = self.gather({"owner": owner()})[0]["owner"]                         # rank 0 has the lock by now
-        if owner() != told:
+        told = self.gather({"owner": self._owner()})[0]["owner"]                   # rank 0 has the lock by now
+        if self._owner() != told:
             raise InputError(f"{self.out} is not the same folder on all machines; give an --out on a file system that they share")
         if self.path("state.json").exists():
             self.state = json.loads(read_text(self.path("state.json")))

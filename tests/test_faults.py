@@ -156,6 +156,20 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path, model, whole, number, code, 
         assert equal(whole, out)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_holds_its_directory_until_it_ends(tmp_path, model, world):
+    """A lock of POSIX goes with the first handle on the file that its process closes, so a run that reads it again loses it."""
+    out = tmp_path / "x"
+    processes = start(world, [({}, ["--out", str(out), *MINIATURE, *QUIET, "--iterations", "1", "--model", model])], tmp_path / "log", slow)
+    until(lambda: lines(out))
+    before = (out / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match=f"x is in use by process {processes[0].pid} on "):
+        run(out, *QUIET, "--iterations", "1", "--model", model)
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert finish(processes) == [143] * world and (out / "metrics.jsonl").read_text().startswith(before)
+
+
 def test_a_second_run_on_the_directory_is_refused_and_a_dead_ones_lock_is_not(tmp_path, model, whole):
     out = tmp_path / "x"
     out.mkdir()
