@@ -403,6 +403,19 @@ def test_the_batch_size_does_not_change_episodes(temperature):
     assert (play(TASKS, 64, seed=1) == one) == (temperature == 0)
 
 
+def test_sampled_episodes_take_each_token_with_its_own_random_number():
+    model, tokenizer = talker()
+    ordinary = copy.deepcopy(model)
+    for t in run_episodes(model, tokenizer, Parrot(), TASKS, temperature=1.0, max_new_tokens=8, seed=5):
+        generator = torch.Generator().manual_seed(rollout.stable_seed(5, t.task_id))
+        ids = rollout.prompt_ids(tokenizer, [], t.steps[0].observation)
+        for token, u in zip(t.steps[0].ids, torch.rand(8, generator=generator, dtype=torch.float64)):
+            with torch.no_grad():
+                logits = ordinary(torch.tensor([ids])).logits[:, -1]
+            assert sample(logits, torch.ones(1), u[None]).item() == token
+            ids = [*ids, token]
+
+
 def test_nobody_waits_for_the_longest_action():
     """Actions of 1 to 60 tokens: where all waited for the longest of each turn, 2.4 times as many passes as tokens for each row."""
     model, tokenizer = talker()
@@ -498,11 +511,15 @@ def test_an_action_cut_at_the_limit_keeps_its_tokens_and_the_turn_is_closed():
     assert cut
 
 
-def test_an_episode_that_outgrows_the_context_ends_as_truncated():
+@pytest.mark.parametrize("longest", [30, 120])
+def test_an_episode_that_outgrows_the_context_ends_as_truncated(longest):
     model, tokenizer = talker(context=150)
+    if longest > 30:                                                     # never stops by itself: the context cuts actions
+        with torch.no_grad():
+            model.lm_head.weight[sorted(stop_ids(tokenizer))] = 0
     ordinary = copy.deepcopy(model)
-    played = run_episodes(model, tokenizer, Parrot(turns=40), TASKS, max_new_tokens=30)
-    expected = [naive.play(ordinary, tokenizer, Parrot(turns=40), task, [], 30) for task in TASKS]
+    played = run_episodes(model, tokenizer, Parrot(turns=40), TASKS, max_new_tokens=longest)
+    expected = [naive.play(ordinary, tokenizer, Parrot(turns=40), task, [], longest) for task in TASKS]
     assert all(map(same_episode, played, expected))
     outgrown = [t for t in played if t.info.get("outgrown")]
     assert outgrown and all(t.truncated and len(t.steps) < 40 for t in outgrown)
@@ -510,10 +527,17 @@ def test_an_episode_that_outgrows_the_context_ends_as_truncated():
     assert all(t.truncated == bool(t.info.get("outgrown")) for t in played)              # 40 turns do not fit in 150 tokens
 
 
-def test_a_prompt_longer_than_the_context_ends_before_it_begins():
+@pytest.mark.parametrize("world", [Parrot, SlowParrot])
+def test_a_prompt_longer_than_the_context_ends_before_it_begins(world):
     model, tokenizer = talker(context=150)
     prompt = [{"role": "user", "content": "mug " * 400}, {"role": "assistant", "content": "OK"}]
-    played = run_episodes(model, tokenizer, Parrot(turns=3), TASKS, prompt=prompt, max_new_tokens=5)
+
+    class World(world):
+        def start(self, task):
+            time.sleep(0.3 * (task == TASKS[0]))                         # the others are over before anybody asks
+            return super().start(task)
+
+    played = run_episodes(model, tokenizer, World(turns=3), TASKS, prompt=prompt, max_new_tokens=5)
     assert len(played) == len(TASKS) and all(t.truncated and not t.steps and t.info["outgrown"] for t in played)
 
 
