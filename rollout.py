@@ -419,7 +419,7 @@ class LeafCache:
 
     @staticmethod
     def _pad(parts: Sequence[Tensor]) -> Tensor:
-        """[H_kv, L_i, D] each -> [N, H_kv, L, D], contiguous: products would copy anything else at every token."""
+        """[H_kv, L_i, D] each -> [N, H_kv, L, D], contiguous: without a kernel for it (_weigh), products would copy anything else each time."""
         out = parts[0].new_zeros(len(parts), parts[0].shape[0], max(x.shape[1] for x in parts), parts[0].shape[2])
         for row, x in zip(out, parts):
             row[:, :x.shape[1]] = x
