@@ -11,6 +11,7 @@ The protocol is plain attributes and methods, no base class:
     episode.step(text)    -> (observation, reward, done, info): text is the agent's whole turn, reward the benchmark's score
                           so far (0-1), info {"valid": the world understood the action, ...secondary metrics}
     env.expert(id)        -> Trajectory with an empty prompt, or None where nobody can show the task
+    env.right(experts)    -> those of an expert file that are right by the benchmark's own measure (where the world has it)
 Bad input (an unknown name or task, a broken file) raises InputError, one line long, with the remedy.
 """
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -40,10 +42,12 @@ import string
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import unicodedata
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +57,13 @@ from rollout import InputError, Step, Trajectory, stable_seed
 # ---------------------------------------------------------------------------------------------------------------------
 # What all environments share: the reply format and the conversation's opening
 # ---------------------------------------------------------------------------------------------------------------------
-ACTION = re.compile(r"(?:(?im:^[ \t]*action)|Action|ACTION)[ \t]*:\s*([^\n]+)")
+ACTION = re.compile(r"(?:(?im:^[ \t]*[*_#]*[ \t]*action)|Action|ACTION)[ \t]*\d*[ \t*_]*:[*_]*\s*([^\n]+)")
 
 
 def parse_action(text: str) -> str | None:
     """The action in a ReAct turn: what follows the first "Action:", to the end of its line (or on the next, if that is empty).
-    Case and spacing of the marker, backticks or stars around the action and a final period do not matter. None: no action."""
+    Case and spacing of the marker, its emphasis or number ("**Action 1:**"), backticks or stars around the action and a final period
+    do not matter. None: no action."""
     match = ACTION.search(text)
     action = " ".join(match[1].replace("`", " ").split()).strip("* ").removesuffix(".").rstrip() if match else ""
     return action or None
@@ -66,13 +71,61 @@ def parse_action(text: str) -> str | None:
 
 def prompt_messages(env, example: bool = True) -> list[dict[str, str]]:
     """The opening of every conversation, in ETO's shape: the instruction (and one example), then the agent's "OK"."""
-    text = f"{env.instruction}\n\nHere is an example.\n{env.example}" if example else env.instruction
+    text = f"{env.instruction}\n\nHere is an example.\n{env.example}" if example and env.example else env.instruction
     return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
 
 
 def render(trajectory: Trajectory) -> str:
     """A trajectory as readable text, one paragraph a turn."""
     return "\n".join(f"{s.observation}\n{s.action}" for s in trajectory.steps)
+
+
+STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}            # household, alfworld: what a treatment makes of a thing
+
+
+def kind(name: str) -> str:
+    """"mug 2" -> "mug"."""
+    return name.rsplit(" ", 1)[0]
+
+
+def _benchmark_folder(name: str, data: str | None) -> str:
+    """The folder with a benchmark's files: the option data, else the folder of that name in $STEPAGENT_DATA."""
+    root = os.environ.get("STEPAGENT_DATA")
+    _need(bool(data or root), name, f"no data; it needs {FILES[name]}; give their folder as the option data=FOLDER, or set STEPAGENT_DATA to "
+          f"the folder that has them in {name}/")
+    return data or os.path.join(root, name)
+
+
+def _load_json(path: str):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _json(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+
+
+def _stream_json(path: str, chunk: int = 1 << 24):
+    """(object, its first byte, its number of bytes) of each object in a JSON list: 5 GB never are in memory as a whole."""
+    decoder, text, at, byte = json.JSONDecoder(), "", 0, 0           # text[at:] is unread, and stands at `byte` in the file
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while True:
+                more = file.read(chunk)
+                text, at = text[at:] + more, 0
+                while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
+                    try:
+                        row, end = decoder.raw_decode(text, match.end())
+                    except json.JSONDecodeError:
+                        break
+                    start, size = byte + match.end() - at, len(text[match.end():end].encode())
+                    at, byte = end, start + size
+                    yield row, start, size
+                if not more:
+                    break
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+    _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path,
+          f"broken JSON near {text[at:at + 40]!r}; it should be a list of objects; download it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,12 +135,13 @@ def load_trajectories(path: str) -> list[Trajectory]:
     """Reads trajectories from a file (InputError names the file and the row, its line or index, if anything is wrong):
     - ETO's conversations, a JSON list of {"id", "conversations": [{"from": "human" | "gpt", "value"}, ...], "reward"?}: the
       instruction and the "OK" that answers it become the prompt as they stand, never supervised; the task and everything
-      after it become steps. A last human turn is the world's final word, which no action answers: it is left out.
+      after it become steps. A last human turn is the world's final word, which no action answers: it is left out. The label
+      "Observation:", which ETO writes before what the world says, is taken off, as our worlds do not write it.
       Without "reward" the trajectory counts as a success (1.0), as ETO keeps only those. Of a repeated id, which its WebShop
       file has, the first is kept, and the other named on stderr.
     - FireAct's ReAct plays, a JSON list of {"instruction": the question, "output": "Thought: ..\\nAction: search[..]\\n
       Observation: ..", ...}: the question becomes the task id and the first observation, the environment gives the prompt. Plays
-      whose last observation says "reward = False" (no exact match) are left out.
+      whose last observation does not say "reward = True" (an exact match) are left out.
     - our own JSONL, as save_trajectories writes it."""
     text = _contents(path, "a trajectory file")
     if not text.strip():
@@ -203,7 +257,7 @@ def _read_conversation(row: dict, where: str) -> Trajectory:
     _need(len(turns) >= 2, where, "has no instruction with its 'OK'; expected instruction, OK, task, then turns")
     _need(parse_action(turns[1]) is None, where, 'conversations[1] already acts; insert an "OK" that answers the instruction')
     prompt = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": turns[1]}]
-    steps = [Step(observation, action) for observation, action in zip(turns[2::2], turns[3::2])]
+    steps = [Step(re.sub(r"^Observation:\s*", "", observation), action) for observation, action in zip(turns[2::2], turns[3::2])]
     return Trajectory(task_id, prompt, steps, _reward(row, where) if "reward" in row else 1.0, False)
 
 
@@ -225,7 +279,7 @@ def _read_fireact(row: dict, where: str) -> Trajectory:
         steps.append(Step(told[i], f"Thought: {thought}\nAction: {call[0].capitalize()}[{call[1]}]"))
     _need(not steps or steps[-1].action.rsplit("Action: ", 1)[1].startswith("Finish["), where,
           "does not end with finish[answer]; remove the row")
-    return Trajectory(question, [], steps, 0.0 if "reward = False" in parts[-1] else 1.0, False)
+    return Trajectory(question, [], steps, float(bool(re.search(r"reward = (True|1)\b", parts[-1]))), False)
 
 
 def _read_own(row: dict, where: str) -> Trajectory:
@@ -250,7 +304,6 @@ RECEPTACLES = {"cabinet": (3, "in"), "drawer": (3, "in"), "fridge": (1, "in"), "
                "bed": (1, "on")}
 CLOSED = {"cabinet", "drawer", "fridge", "microwave", "safe"}
 STATION = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
-STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}
 LAMP = ["desk", "sidetable", "dresser"]                              # where the desklamp stands
 GOALS = {"food": "fridge microwave countertop diningtable garbagecan sidetable",
          "ware": "cabinet drawer shelf countertop diningtable sinkbasin",
@@ -283,11 +336,6 @@ OBJECTS = {                                                          # group, li
 TASK_TYPES = ["put", "clean", "heat", "cool", "put two", "examine"]
 HELD_OUT = 0.2                                                       # test_unseen's share of each task type's combinations
 SIZES = {"train": 6000, "dev": 100, "dev_more": 400, "test": 300, "test_unseen": 300}     # dev_more: for tuning with less noise
-
-
-def kind(name: str) -> str:
-    """"mug 2" -> "mug"."""
-    return name.rsplit(" ", 1)[0]
 
 
 def at(receptacle: str) -> str:
@@ -851,6 +899,7 @@ def _stop(simulators: list) -> None:
         simulator.close()
         simulator._gateway.java_process.kill()                       # now, so that the package's own clean-up finds it ended
         simulator._gateway.java_process.wait()
+        simulator.close = lambda: None                               # the package's __del__ calls it again when Python is half gone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -915,14 +964,14 @@ def alfworld_forms(path: str) -> dict[str, str]:
 
 
 class ALFWorldEpisode:
-    """One game. facts: keep TextWorld's list of what is where, for the expert."""
+    """One game. expert: keep TextWorld's list of what is where, and its planner's commands."""
 
-    def __init__(self, path: str, facts: bool = False):
+    def __init__(self, path: str, expert: bool = False):
         textworld, self.planner = _textworld()
         self.put, self.reward, argv = alfworld_forms(path)["PutObject"], 0.0, sys.argv
         with ALFWORLD_LOCK:
             try:
-                self.game = textworld.start(path, textworld.EnvInfos(won=True, facts=facts))
+                self.game = textworld.start(path, textworld.EnvInfos(won=True, facts=expert, policy_commands=expert))
                 names = alfworld_names(self.game._entity_infos)
                 for key, entity in self.game._entity_infos.items():
                     entity.name = names[key]
@@ -936,12 +985,13 @@ class ALFWorldEpisode:
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. An action that the game does not list changes nothing: "Nothing happens.". Only the wording of
-        putting is made the game's own: put O in R, put O on R, put O in/on R and move O to R all count."""
+        putting and using is made the game's own: put O in R, put O on R, put O in/on R and move O to R all count, and toggle O."""
         if self.game is None:
             return "The task is over.", self.reward, True, {"valid": False}
         action = (parse_action(text) or "").lower()
         if match := re.fullmatch(r"put (.+?) (?:in/on|in|on) (.+)|move (.+?) to (.+)", action):
             action = self.put.format(o=match[1] or match[3], r=match[2] or match[4])
+        action = re.sub("^toggle ", "use ", action)
         with ALFWORLD_LOCK:
             self.state, reward, done = self.game.step(action)
         self.reward = float(reward)
@@ -1058,13 +1108,16 @@ class ALFWorldExpert:
 class ALFWorld:
     """The games of a folder that holds json_2.1.1. Task ids are "train/<folder>/<trial>"; dev is valid_seen (rooms of train),
     test is valid_unseen (other rooms). data: the folder, by default $ALFWORLD_DATA, $STEPAGENT_DATA/alfworld or ~/.cache/alfworld.
-    misses: the expert, who knows where things are, first looks at up to so many places for nothing, so that the agent sees how
-    a search goes on; 0 is the straight way."""
+    shown: who is the expert. "rule" plays by rule and gives its reasons. It knows where things are, but first looks at up to `misses`
+    places for nothing, so that the agent sees how a search goes on; 0 is the straight way. "planner" follows TextWorld's planner, who
+    needs not search, and "gt_traj" the gt_traj.json beside a game, if there is one; their thoughts say no more than the action."""
 
     slow = True                                                      # a start takes about a second: see run_episodes
     paper = {"train": 3321, "dev": 140, "test": 134, "turns": 10.1}  # Table 1
 
-    def __init__(self, data: str | None = None, misses: int = 5, max_steps: int = 40):
+    def __init__(self, data: str | None = None, shown: str = "rule", misses: int = 5, max_steps: int = 40):
+        _need(shown in ("rule", "planner", "gt_traj"), "alfworld", f"shown must be rule, planner or gt_traj, not {shown!r}")
+        self.shown = shown
         for option, value, low in ("misses", misses, 0), ("max_steps", max_steps, 1):
             _need(isinstance(value, int) and low <= value <= 1000, "alfworld",
                   f"{option} must be a number between {low} and 1000, not {value!r}")
@@ -1114,27 +1167,39 @@ class ALFWorld:
               f"with a game below {self.root}, such as {next(filter(None, self.splits.values()))[0]}")
         return parts
 
-    def start(self, task_id: str, facts: bool = False) -> tuple[ALFWorldEpisode, str]:
+    def start(self, task_id: str, expert: bool = False) -> tuple[ALFWorldEpisode, str]:
         self.check(task_id)
-        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", facts)
+        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", expert)
         return episode, episode.first
 
-    def expert(self, task_id: str) -> Trajectory:
-        episode, observation = self.start(task_id, facts=True)
-        inside: dict[str, list[str]] = {}
-        for fact in episode.state.facts:
-            if fact.name == "inreceptacle":
-                inside.setdefault(fact.arguments[1].name, []).append(kind(fact.arguments[0].name))
-        rng = random.Random(f"alfworld:{task_id}")
-        expert = ALFWorldExpert(self.check(task_id), observation, inside, episode.put, rng, self.misses)
-        trajectory, done = Trajectory(task_id), False
-        while not done and len(trajectory.steps) < self.limit:
-            action = expert.turn(observation)
+    def turns(self, task_id: str, episode: ALFWorldEpisode) -> Callable[[str], str | None]:
+        """observation -> the expert's turn (None: it has none left)."""
+        if self.shown == "rule":
+            inside: dict[str, list[str]] = {}
+            for fact in episode.state.facts:
+                if fact.name == "inreceptacle":
+                    inside.setdefault(fact.arguments[1].name, []).append(kind(fact.arguments[0].name))
+            rng = random.Random(f"alfworld:{task_id}")
+            return ALFWorldExpert(self.check(task_id), episode.first, inside, episode.put, rng, self.misses).turn
+        path = f"{self.root}/{task_id}/gt_traj.json"
+        plan = episode.state.policy_commands if self.shown == "planner" else []
+        if self.shown == "gt_traj" and os.path.exists(path):
+            turns = _json(_contents(path, "a game's gt_traj.json"), path)
+            _need(isinstance(turns, list), path, "is not a list of turns")
+            plan = [_text(turn, "value", at) for turn, at in _items({"turns": turns}, "turns", path) if turn.get("from") == "gpt"]
+        actions = iter(plan)
+        return lambda observation: next((f"Thought: I {action}.\nAction: {action}" for action in actions), None)
+
+    def expert(self, task_id: str) -> Trajectory | None:
+        """None: there is no gt_traj.json."""
+        episode, observation = self.start(task_id, expert=True)
+        trajectory, turn, done = Trajectory(task_id), self.turns(task_id, episode), False
+        while not done and len(trajectory.steps) < self.limit and (action := turn(observation)):
             trajectory.steps.append(Step(observation, action))
             observation, trajectory.reward, done, _ = episode.step(action)
         episode.close()
         trajectory.truncated = not done
-        return trajectory
+        return trajectory if trajectory.steps else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1178,8 +1243,8 @@ class ShoppingGoal:
 
 def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) -> float:
     """WebShop's reward of a purchase (section 3.1 there and its goal.py): r_type * (attributes + options hit + price kept) /
-    (attributes + options + 1). Two deviations: the types of two titles are compared by all their words, not by the nouns that
-    a language model finds; and options hit never count more than the goal has, so that the reward stays within 1."""
+    (attributes + options + 1). One deviation: the types of two titles are compared by all their words, not by the nouns that a
+    language model finds."""
     title, other = ({w for w in re.findall("[a-z]{3,}", p.name.lower())} - {"and", "for", "from", "the", "with"}
                     for p in (goal.product, bought))
     score = len(title & other) / len(title) if title else 0.2
@@ -1189,12 +1254,8 @@ def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) 
     texts = [bought.name.lower(), " ".join(bought.features).lower(), bought.description.lower()]
     hits = sum(any(_similar(own, wanted) for own in bought.attributes) or any(wanted in text for text in texts)
                for wanted in goal.attributes)
-    wishes, options = [_colour(option) for option in goal.options], 0
-    for name, value in chosen.items():
-        value = _colour(value)
-        fits = value in wishes if name == "size" else any(_similar(wish, value) for wish in wishes)
-        options += fits or any(value in text for text in texts)
-    hits += min(options, len(wishes)) + (bought.price <= goal.price_upper)
+    bought_options, wishes = [_colour(value) for value in chosen.values()], [_colour(option) for option in goal.options]
+    hits += sum(any(_similar(value, wish) for value in bought_options) for wish in wishes) + (bought.price <= goal.price_upper)
     return r_type * hits / (len(goal.attributes) + len(wishes) + 1)
 
 
@@ -1412,7 +1473,7 @@ def webshop_choice(options: dict[str, list[str]], wishes: list[str]) -> dict[str
     """For each option that a wish fits, the value to choose: equal if there is one, else similar as the reward sees it."""
     chosen = {}
     for name, values in options.items():
-        for fits in (str.__eq__, lambda wish, value: name != "size" and _similar(_colour(wish), _colour(value))):
+        for fits in (str.__eq__, lambda wish, value: _similar(_colour(wish), _colour(value))):
             if name not in chosen and (found := [v for wish in wishes for v in values if fits(wish, v)]):
                 chosen[name] = found[0]
     return chosen
@@ -1436,46 +1497,6 @@ def _product(row: dict, more: dict) -> Product:
     return Product(row["asin"], row["name"], row.get("full_description") or "", features, row["category"],
                    row["product_category"], row["query"].lower().strip(), options,
                    " to ".join(f"${x}" for x in prices), price, more.get("attributes", []))
-
-
-def _benchmark_folder(name: str, data: str | None) -> str:
-    """The folder with a benchmark's files: the option data, else the folder of that name in $STEPAGENT_DATA."""
-    root = os.environ.get("STEPAGENT_DATA")
-    _need(bool(data or root), name, "no files are named; give their folder as the option data=FOLDER, or set STEPAGENT_DATA to "
-          f"the folder that has them in {name}/")
-    return data or os.path.join(root, name)
-
-
-def _load_json(path: str):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return _json(file.read(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
-
-
-def _stream_json(path: str, chunk: int = 1 << 24):
-    """(object, its first byte, its number of bytes) of each object in a JSON list: 5 GB never are in memory as a whole."""
-    decoder, text, at, byte = json.JSONDecoder(), "", 0, 0           # text[at:] is unread, and stands at `byte` in the file
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            while True:
-                more = file.read(chunk)
-                text, at = text[at:] + more, 0
-                while match := re.compile(r"[\s,\[]*(?=\{)").match(text, at):
-                    try:
-                        row, end = decoder.raw_decode(text, match.end())
-                    except json.JSONDecodeError:
-                        break
-                    start, size = byte + match.end() - at, len(text[match.end():end].encode())
-                    at, byte = end, start + size
-                    yield row, start, size
-                if not more:
-                    break
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
-    _need(re.fullmatch(r"[\s\[]*\]\s*", text[at:]) is not None, path,
-          f"broken JSON near {text[at:at + 40]!r}; it should be a list of objects; download it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1875,8 +1896,8 @@ QA_BENCHMARKS = {                                                    # reader, {
     "musique": (_read_musique, {"train": ("musique_ans_v1.0_train.jsonl", "musique_ans*train*.jsonl"),
                                 "dev": ("musique_ans_v1.0_dev.jsonl", "musique_ans*dev*.jsonl")}, "github.com/StonyBrookNLP/musique"),
 }
-QA_PAPER = {                                                         # Table 1; used of HotpotQA's 90,447 / 7,405 / 7,405
-    "hotpotqa": {"train": 5000, "dev": 500, "test": 500, "turns": 7.0},
+QA_PAPER = {                                                         # Table 1; of each the paper used 5,000 / 500 / 500
+    "hotpotqa": {"train": 90447, "dev": 7405, "test": 7405, "turns": 7.0},
     "2wikimultihopqa": {"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},
     "musique": {"train": 19938, "dev": 2417, "test": 2417, "turns": 7.8},
 }
@@ -1981,7 +2002,7 @@ class QAEpisode:
             observation = self.world.search(self.question, call[1])
         else:
             answers, squad = self.question.answers, self.world.name == "musique"
-            self.reward = float(any(normalize_answer(call[1]) == normalize_answer(a) for a in answers))
+            self.reward = float(self.world.matches(self.question, call[1]))
             self.f1, self.over = max(answer_f1(call[1], a, squad) for a in answers), True
             observation = f"Your answer is {'right' if self.reward else 'wrong'}."
         return observation, self.reward, self.over, {"valid": call is not None, "f1": self.f1}
@@ -1989,7 +2010,8 @@ class QAEpisode:
 
 class QA:
     """Questions that need several pages. Searches run over all paragraphs of the files. Where several share a title, one sees those
-    that belong to the question, else those of the first question that has the title. Task ids are the files' own.
+    that belong to the question, else those of the first question that has the title: HotpotQA and 2Wiki have one of each page, its
+    first; MuSiQue may have several, and the answer in any of them. Task ids are the files' own.
     data: the folder of the files, by default the benchmark's own in the folder named by STEPAGENT_DATA. train: 5,000 questions of the
     train file; dev, test: 500 each of the dev file (of a smaller one, a half each), all in the order of their ids' sha1.
     train_from_dev: for want of a train file, takes that many questions of the dev file for train, before dev and test."""
@@ -2008,6 +2030,8 @@ class QA:
         _need(type(train_from_dev) is int and train_from_dev >= 0, name,
               f"train_from_dev must be a whole number, not {train_from_dev!r}")
         self.name, self.paper, self.questions, root = name, QA_PAPER[name], {}, os.environ.get("STEPAGENT_DATA")
+        if name == "musique":
+            self.instruction = self.instruction.replace("a page's first paragraph only", "the paragraphs of a page that are at hand only")
         reader, self.files, source = QA_BENCHMARKS[name]
         self.folder = str(data) if data else (os.path.join(root, name) if root else None)
         official = " and ".join(file for file, _ in self.files.values())
@@ -2084,6 +2108,23 @@ class QA:
     def task_type(self, task_id: str) -> str:
         return self.question(task_id).kind
 
+    def right(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Of an expert file's plays those whose answer is an exact match, as in the paper. Where the question is one of the files', that
+        file's answer decides, and the play gets the task's id; where it is not, the play's own reward."""
+        ids, kept = {q.text: task for task, q in self.questions.items()}, []
+        for t in trajectories:
+            task = t.task_id if t.task_id in self.questions else ids.get(_clean(t.task_id))
+            call, reward = parse_call(parse_action(t.steps[-1].action)), t.reward
+            if task:
+                reward = float(bool(call) and call[0] == "finish" and self.matches(self.questions[task], call[1]))
+            if reward >= 1:
+                kept.append(dataclasses.replace(t, task_id=task or t.task_id, reward=reward))
+        return kept
+
+    @staticmethod
+    def matches(question: Question, answer: str) -> bool:
+        return any(normalize_answer(answer) == normalize_answer(a) for a in question.answers)
+
     def search(self, question: Question, name: str) -> str:
         title = name if name in self.pages else self.titles.find(name)             # "HALO" and "Halo" may be two pages
         if title is None:
@@ -2124,6 +2165,18 @@ class QA:
 
 ENVIRONMENTS = {"household": Household, "scienceworld": ScienceWorld, "alfworld": ALFWorld, "webshop": WebShop, "mind2web": Mind2Web,
                 **{name: functools.partial(QA, name) for name in QA_BENCHMARKS}}
+
+
+FILES = {                                                            # what each needs, for --help and errors
+    "household": "nothing",
+    "scienceworld": "the package and Java; for split=eto train_indices.json, dev_indices.json, test_indices.json (github.com/Yifan-Song793/"
+                    "ETO, eval_agent/data/sciworld)",
+    "alfworld": "json_2.1.1/ with its games, as alfworld-download makes it",
+    "webshop": f"{', '.join(WEBSHOP_FILES[1])} (github.com/princeton-nlp/WebShop, setup.sh -d small) or {', '.join(WEBSHOP_FILES[0])} "
+               "(setup.sh -d all, and ETO's train_indices.json and test_indices.json for WebShop)",
+    "mind2web": "train/*.json, test_domain/*.json and, if wanted, test_task/, test_website/ and scores_all_data.pkl (the Hugging Face data "
+                "set osunlp/Mind2Web, its test.zip unpacked)",
+    **{name: f"{' and '.join(file for file, _ in files.values())} ({source})" for name, (_, files, source) in QA_BENCHMARKS.items()}}
 
 
 def make_env(name: str, workers: int | None = None, **options):
@@ -2368,7 +2421,10 @@ def play(env, task_id: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Look at an environment.")
+    parser = argparse.ArgumentParser(
+        description="Look at an environment.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="files, in the folder given as data=FOLDER, or in the environment's own folder within the one that STEPAGENT_DATA names:\n"
+        + "\n".join(textwrap.fill(f"{name}: {text}", 120, initial_indent="  ", subsequent_indent="      ") for name, text in FILES.items()))
     parser.add_argument("env", help=f"one of: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--task", default=None, help="a task id (default: the first train task)")
     parser.add_argument("--env-options", default="", help="options of the environment, as key=value words, e.g. 'data=FOLDER'")
@@ -2377,6 +2433,8 @@ if __name__ == "__main__":
     what.add_argument("--expert", action="store_true", help="print one episode of the expert")
     what.add_argument("--play", action="store_true", help="play one task yourself")
     args = parser.parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                # ends quietly where `head` has read enough
     try:
         env = make_env(args.env, **env_options(args.env_options))
         task = args.task or env.splits["train"][0]

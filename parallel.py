@@ -188,12 +188,12 @@ class Run:
         if self.rank == 0:
             rows = [json.loads(line) for line in read_text(self.path("metrics.jsonl")).splitlines()]
             lines = [f"# {self.config.method} on {self.config.env}, {self.config.model}, seed {self.config.seed}", "",
-                     "| evaluated | split | tasks | success | 95% interval | mean reward | turns | invalid |", "|---|---|---|---|---|---|---|---|"]
+                     "| evaluated | split | tasks | success | 95% interval | mean reward | secondary | turns | invalid |", "|---|---|---|---|---|---|---|---|---|"]
             for r in rows:
                 if r["phase"] == "eval":
                     a, b = r["success_interval"]
-                    lines.append(f"| {r['name']} | {r['split']} | {r['tasks']} | {r['success']:.1%} | {a:.1%} - {b:.1%} | {r['reward']:.3f} "
-                                 f"| {r['steps']:.1f} | {r['invalid']:.1%} |")
+                    lines.append(f"| {r['name']} | {r['split']} | {r['tasks']} | {r['success']:.1%} | {a:.1%} - {b:.1%} | {r['reward']:.3f} | "
+                                 f"{', '.join(f'{name} {x:.3f}' for name, x in r['secondary'].items())} | {r['steps']:.1f} | {r['invalid']:.1%} |")
             lines += ["", "| iteration | match_text | match_action | pairs kept |", "|---|---|---|---|"]
             lines += [f"| {r['iteration']} | {r['match_text']:.1%} | {r['match_action']:.1%} | {r['pairs_kept']} |"
                       for r in rows if r["phase"] == "inspect"]

@@ -773,8 +773,8 @@ def _answer(env, tokenizer, limit: int, row: _Row) -> None:
 
 
 def episode_figures(episodes: list[Trajectory], env) -> dict:
-    """success = reward >= 1; invalid: share of all actions; steps: mean turns. Episodes whose world failed (info["unplayable"]) are
-    counted, not scored."""
+    """success = reward >= 1; invalid: share of all actions; steps: mean turns; secondary: means of the world's other metrics (f1, ..).
+    Episodes whose world failed (info["unplayable"]) are counted, not scored."""
     played = [t for t in episodes if not t.info.get("unplayable")]
     if not played:
         raise InputError(f"the world failed in all of {len(episodes)} episodes; see the messages above")
@@ -783,9 +783,11 @@ def episode_figures(episodes: list[Trajectory], env) -> dict:
     for t, won in zip(played, success):
         by_type[env.task_type(t.task_id)].append(won)
     turns = max(1, sum(len(t.steps) for t in played))
+    others = dict.fromkeys(name for t in played for name in t.info if name not in ("invalid", "outgrown", "restarts"))
     return {"success": float(np.mean(success)), "success_interval": bootstrap(success), "reward": float(np.mean(reward)),
             "reward_interval": bootstrap(reward), "tasks": len(played), "steps": turns / len(played),
             "invalid": sum(t.info["invalid"] for t in played) / turns, "truncated": sum(t.truncated for t in played),
             "outgrown": sum(t.info.get("outgrown", 0) for t in played), "unplayable": len(episodes) - len(played),
             "restarts": sum(t.info.get("restarts", 0) for t in episodes),
+            "secondary": {name: float(np.mean([t.info.get(name, 0.0) for t in played])) for name in others},
             "by_type": {name: [float(np.mean(x)), len(x)] for name, x in sorted(by_type.items())}}

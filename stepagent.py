@@ -84,8 +84,8 @@ def option(default, help: str, tiny=None, choices=None):
 @dataclass
 class Config:
     # what
-    env: str = option("household", "environment: household, scienceworld, alfworld, webshop, mind2web, hotpotqa, 2wikimultihopqa, musique; where "
-                                "its files are not found, the error says which to download")
+    env: str = option("household", "environment: household, scienceworld, alfworld, webshop, mind2web, hotpotqa, 2wikimultihopqa, musique; "
+                                "`python envs.py --help` names the files that each needs")
     env_options: str = option("", "options of the environment, as key=value words, e.g. 'tasks=boil,melt variations=20'")
     model: str = option("tiny", "Hugging Face id or folder of a Llama, Mistral, Qwen2 or Qwen3 chat model; tiny: 1M parameters, "
                                 "random weights made here (models/tiny-household: pretrained); a folder whose name begins with "
@@ -506,7 +506,7 @@ class Learner:
             episodes = self.play(tasks, f"{name}: {split}", prompt, 0.0, c.seed)
             self.write_episodes(f"eval/{name}_{split}.jsonl", episodes)
             run.log("eval", int(name.split("_")[-1]) if name[-1].isdigit() else run.iterations, 0, split=split, name=name,
-                    **episode_figures(episodes, self.env))
+                    unparsed=sum(parse_action(s.action) is None for t in episodes for s in t.steps), **episode_figures(episodes, self.env))
 
     def play(self, tasks: list[str], label: str, prompt: list[dict], temperature: float, seed: int) -> list[Trajectory]:
         """Episodes of the policy, one a task, the tasks shared among the ranks."""
@@ -575,12 +575,24 @@ def load_experts(run: Run):
         tasks = some(env.splits["train"], c.experts)
         with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
             shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
-        experts = [t for t in shown if t is not None and t.reward >= 1 and len(t.steps) <= env.max_steps(t.task_id)]
+        right = [t for t in shown if t is not None and t.reward >= 1]
+        experts = [t for t in right if len(t.steps) <= env.max_steps(t.task_id)]
         if not experts:
             raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
+        if len(experts) < len(tasks):
+            tqdm.write(f"expert: {len(tasks)} tasks; {len(tasks) - len(right)} not solved and {len(right) - len(experts)} solved in more steps than "
+                       "allowed are left out")
         save_trajectories(str(file), experts)
     run.barrier()
-    experts = load_trajectories(str(file))[:c.experts or None]
+    experts = load_trajectories(str(file))
+    if c.expert and hasattr(env, "right"):
+        right = env.right(experts)
+        if not right:
+            raise InputError(f"{c.expert}: none of its {len(experts)} answers is right; give a file of successful plays")
+        if len(right) < len(experts) and run.rank == 0:
+            tqdm.write(f"{c.expert}: {len(experts) - len(right)} of {len(experts)} plays whose answer is no exact match are left out")
+        experts = right
+    experts = experts[:c.experts or None]
     plays = c.method in ("ppo", "dpo", "rft", "spin", "nat", "eto") or c.reward != "step"
     if c.expert and plays and (strange := {t.task_id for t in experts} - set().union(*env.splits.values())):
         raise InputError(f"{c.expert}: {min(strange)!r} is no task of {c.env}, but {c.method} plays the tasks of the expert file; name them "

@@ -44,7 +44,7 @@ class Game:
         self.place, self.hand, self.states, self.open = None, None, set(), set()
         facts = [SimpleNamespace(name="inreceptacle", arguments=[SimpleNamespace(name=o), SimpleNamespace(name=r)])
                  for r, objects in self.rooms.items() for o in objects]
-        return SimpleNamespace(facts=facts, feedback=f"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking "
+        return SimpleNamespace(facts=facts, policy_commands=["go to shelf 1", "take pen 1 from shelf 1"], feedback=f"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking "
                                f"quickly around you, you see a {', a '.join(self.rooms)}.\n\nYour task is to: {self.task}.")
 
     def view(self, r):
@@ -163,6 +163,31 @@ def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, world
     assert "No mug" not in envs.render(straight.expert("train/pick_and_place_simple-Mug-None-Shelf-1/trial_1"))
 
 
+def test_other_experts_follow_the_planner_or_the_file_beside_the_game(tmp_path, world):
+    task = "train/pick_and_place_simple-Mug-None-Shelf-1/trial_1"
+    shown = make_env("alfworld", workers=0, data=str(tmp_path), shown="planner").expert(task)
+    assert [s.action for s in shown.steps] == ["Thought: I go to shelf 1.\nAction: go to shelf 1",
+                                               "Thought: I take pen 1 from shelf 1.\nAction: take pen 1 from shelf 1"]
+    assert (shown.reward, shown.truncated) == (0.0, True)
+    told = make_env("alfworld", workers=0, data=str(tmp_path), shown="gt_traj")
+    assert told.expert(task) is None                                 # no file
+    path, solved = tmp_path / "json_2.1.1" / task / "gt_traj.json", world.expert(task)
+    turns = [{"from": "human", "value": "You are .."}, *({"from": "gpt", "value": s.action.split("Action: ")[1]} for s in solved.steps)]
+    path.write_text(json.dumps(turns))
+    shown = told.expert(task)
+    assert shown.reward == 1 and [s.observation for s in shown.steps] == [s.observation for s in solved.steps]
+    for content, says in (("[", "broken JSON"), ("{}", "not a list of turns"), ('[{"from": "gpt"}]', "'value' is missing")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=says) as error:
+            told.expert(task)
+        assert str(error.value).startswith(str(path))
+
+
+def test_toggling_is_using(world):
+    episode, _ = world.start("train/look_at_obj_in_light-Mug-None-DeskLamp-1/trial_1")
+    assert [episode.step(f"Action: {a}")[3]["valid"] for a in ("go to desk 1", "toggle desklamp 1")] == [True, True]
+
+
 def test_the_banner_and_locations_are_dropped_and_the_task_comes_last(world):
     episode, first = world.start(world.splits["dev"][0])
     assert first.startswith("You are in the middle of a room.") and first.split("\n")[-1].startswith("Your task is to: ")
@@ -226,9 +251,9 @@ def test_a_broken_game_is_reported_with_its_file(tmp_path, closed, content):
         env.start(env.splits["train"][0])
 
 
-@pytest.mark.parametrize("options", [{"misses": -1}, {"max_steps": 0}, {"misses": "x"}])
+@pytest.mark.parametrize("options", [{"misses": -1}, {"max_steps": 0}, {"misses": "x"}, {"shown": "me"}])
 def test_bad_options_are_refused(options):
-    with pytest.raises(InputError, match="must be a number"):
+    with pytest.raises(InputError, match="must be (a number|rule)"):
         make_env("alfworld", workers=0, **options)
 
 
@@ -265,6 +290,15 @@ def test_the_expert_solves_real_games_of_every_type(real):
         shown = real.expert(task)
         assert shown.reward == 1.0 and shown.steps[0].observation.split("\n")[1].startswith("Your task is to: "), task
     assert sys.argv == argv
+
+
+@pytest.mark.parametrize("shown", ["planner", "gt_traj"])
+def test_the_other_experts_solve_real_games(real, shown):
+    other, solved = make_env("alfworld", workers=0, data=os.path.dirname(real.root), shown=shown), 0
+    with_file = [task for task in other.splits["train"] if os.path.exists(f"{other.root}/{task}/gt_traj.json")]
+    for task in with_file[::max(1, len(with_file) // 4)][:4]:
+        solved += other.expert(task).reward
+    assert solved == min(4, len(with_file)) > 0
 
 
 def test_what_is_remembered_changes_no_text(real):

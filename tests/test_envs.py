@@ -3,11 +3,15 @@ import copy
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import envs
 from envs import (HouseholdExpert, kind, load_trajectories, make_env, parse_action, prompt_messages, render, save_trajectories)
 from rollout import InputError, Step, Trajectory
 
@@ -195,7 +199,8 @@ def test_an_unknown_environment_is_refused():
 
 @pytest.mark.parametrize("text, action", [
     ("Thought: I look.\nAction: go to desk 1", "go to desk 1"), ("Action: look", "look"), ("action : look", "look"),
-    ("ACTION:look", "look"),
+    ("ACTION:look", "look"), ("Action 1: look", "look"), ("**Action:** look", "look"), ("*Action*: look", "look"), ("### Action 2: look", "look"),
+    ("__Action:__ look", "look"), ("Thought 1: x.\n**Action 1:** `look`", "look"), ("Reaction 1: joy", None),
     ("Action: `open door`", "open door"), ("Action: **look**", "look"), ("Action: look.", "look"),
     ("Action:   go   to  desk 1  ", "go to desk 1"),
     ("Action:\nlook", "look"), ("Action: a\nObservation: b\nAction: c", "a"), ("Thought: x. Action: look", "look"), ("", None),
@@ -205,7 +210,32 @@ def test_parse_action(text, action):
     assert parse_action(text) == action
 
 
+def test_the_prompt_announces_an_example_only_where_there_is_one():
+    world = SimpleNamespace(instruction="Rules.", example="")
+    assert prompt_messages(world)[0]["content"] == "Rules."
+    world.example = "Shown."
+    assert prompt_messages(world)[0]["content"] == "Rules.\n\nHere is an example.\nShown."
+
+
+def test_help_and_errors_name_the_files(monkeypatch):
+    monkeypatch.delenv("STEPAGENT_DATA", raising=False)
+    text = subprocess.run([sys.executable, envs.__file__, "--help"], capture_output=True, text=True).stdout
+    assert set(envs.FILES) == set(envs.ENVIRONMENTS) and all(f"  {name}: " in text for name in envs.FILES)
+    for name, file in (("webshop", "items_shuffle_1000.json"), ("mind2web", "test_domain"), ("hotpotqa", "hotpot_train_v1.1.json")):
+        assert file in text
+        with pytest.raises(InputError, match=file):
+            make_env(name)
+
+
 # ---- expert files
+
+def test_eto_s_label_of_observations_is_taken_off(tmp_path):
+    said = ["Rules.", "OK", "Observation: A desk.", "Action: look", "Observation:\nObservation: twice", "Action: go"]
+    row = {"id": 1, "conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]}
+    (tmp_path / "eto.json").write_text(json.dumps([row]))
+    [t] = load_trajectories(str(tmp_path / "eto.json"))
+    assert [s.observation for s in t.steps] == ["A desk.", "Observation: twice"] and t.prompt[0]["content"] == "Rules."
+
 
 ETO = [{"id": "kitchen-1", "conversations": [
     {"from": "human", "value": "You are an agent."}, {"from": "gpt", "value": "OK"},

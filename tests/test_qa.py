@@ -7,7 +7,7 @@ import pytest
 
 from envs import (QA, QA_BENCHMARKS, Question, Titles, answer_f1, load_trajectories, make_env, normalize_answer, parse_action, parse_call,
                   prompt_messages, render)
-from rollout import InputError
+from rollout import InputError, Step, Trajectory
 
 FILES = {"hotpotqa": ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"), "2wikimultihopqa": ("train.json", "dev.json"),
          "musique": ("musique_ans_v1.0_train.jsonl", "musique_ans_v1.0_dev.jsonl")}
@@ -396,6 +396,23 @@ def test_only_right_fireact_plays_are_kept(tmp_path):
     assert [t.task_id for t in load_trajectories(fireact(tmp_path, ("a", PLAY), ("b", wrong)))] == ["a"]
     with pytest.raises(InputError, match="no play in it ends with the right answer"):
         load_trajectories(fireact(tmp_path, ("b", wrong)))
+    unsaid = PLAY.split("Observation: Episode")[0]
+    assert [t.task_id for t in load_trajectories(fireact(tmp_path, ("a", PLAY), ("b", unsaid), ("c", PLAY.replace("True", "0"))))] == ["a"]
+
+
+def test_of_an_expert_file_only_exact_matches_are_right(worlds):
+    world, say = worlds["hotpotqa"], lambda answer: [Step("Question: ..", f"Thought: so.\nAction: Finish[{answer}]")]
+    asked = world.question("h2").text
+    given = [Trajectory(asked, [], say("The 2 Miles."), 0.0), Trajectory("h4", [], say("4 miles"), 0.0), Trajectory("h6", [], say("6"), 1.0),
+             Trajectory("not in the files", [], say("x"), 1.0), Trajectory("nor this", [], say("x"), 0.0),
+             Trajectory("h8", [], [Step("Question: ..", "Action: Search[8 miles]")], 1.0)]
+    assert [(t.task_id, t.reward) for t in world.right(given)] == [("h2", 1.0), ("h4", 1.0), ("not in the files", 1.0)]
+
+
+def test_several_paragraphs_of_a_title_are_read_together(worlds):
+    world = worlds["musique"]
+    assert world.search(world.question("2hop__1_1"), "Capital") == "First of 1.\nTown 1 has the mayor Zoë 1."
+    assert "the paragraphs of a page that are at hand" in world.instruction and "first paragraph" in worlds["hotpotqa"].instruction
 
 
 @pytest.mark.parametrize("row, says", [

@@ -46,7 +46,7 @@ def metrics(out, phase=None):
 def alike(one, two):
     """The logs of two runs agree, up to the order of additions."""
     for x, y in zip(metrics(one), metrics(two), strict=True):
-        assert x.pop("by_type", None) == y.pop("by_type", None) and x == pytest.approx(y, rel=2e-3, abs=2e-4)
+        assert all(x.pop(k, None) == y.pop(k, None) for k in ("by_type", "secondary")) and x == pytest.approx(y, rel=2e-3, abs=2e-4)
 
 
 def weights(folder):
@@ -270,6 +270,10 @@ def test_episode_figures_by_hand():
     assert (figures["success"], figures["reward"], figures["steps"]) == pytest.approx((1 / 3, 0.5, 10 / 3))
     assert (figures["invalid"], figures["truncated"], figures["outgrown"], figures["tasks"]) == (0.3, 2, 1, 3)
     assert figures["by_type"] == {"a": [0.5, 2], "b": [0.0, 1]} and figures["unplayable"] == 0
+    assert figures["secondary"] == {}
+    made[0].info["f1"] = 0.6
+    assert episode_figures(made, env)["secondary"] == {"f1": pytest.approx(0.2)}
+    del made[0].info["f1"]
     failed = Trajectory("b2", [], [Step("", "")], 0.0, False, {"invalid": 0, "unplayable": 1, "restarts": 2})
     with_failed = episode_figures([*made, failed], env)
     assert with_failed == figures | {"unplayable": 1, "restarts": 2}     # counted, not scored
@@ -597,3 +601,42 @@ def test_end_to_end_sft_learns_a_miniature_world_and_a_reflection_iteration_foll
     assert inspection["match_text"] > 0.5 and inspection["pairs_kept"] > 0 and inspection["stopped"] > 0.95
     assert metrics(tmp_path / "stepagent-implicit", "implicit") and reflected["success"] > sft["success"] - 0.2
     assert "stepagent-implicit" in (tmp_path / "stepagent-implicit" / "report.md").read_text()
+
+
+# ---- what an expert's file and an expert's plays are sifted by
+
+def test_an_expert_file_is_sifted_by_the_world_and_plays_too_long_are_counted(tmp_path, monkeypatch, capsys):
+    world = envs.make_env("household")
+    plays = [world.expert(f"train-{i}") for i in range(6)]
+    envs.save_trajectories(str(tmp_path / "given.jsonl"), plays)
+    world.right = lambda given: [t for t in given if t.task_id != "train-1"]
+    monkeypatch.setattr(S, "make_env", lambda *a, **k: world)
+    make = lambda out, **more: SimpleNamespace(config=SimpleNamespace(**vars(S.parse([*QUIET, "--out", str(tmp_path / out)])) | more), rank=0,
+                                               path=lambda name: tmp_path / name, bar=lambda x, *_: x, barrier=lambda: None)
+    _, experts, _ = S.load_experts(make("a", expert=str(tmp_path / "given.jsonl"), experts=3))
+    assert [t.task_id for t in experts] == ["train-0", "train-2", "train-3"]
+    assert "1 of 6 plays whose answer is no exact match are left out" in capsys.readouterr().out
+    world.right = lambda given: []
+    with pytest.raises(InputError, match="none of its 6 answers is right"):
+        S.load_experts(make("b", expert=str(tmp_path / "given.jsonl")))
+    most = sorted(len(t.steps) for t in plays)[2]
+    world.max_steps, expert = lambda task: most, world.expert
+    world.splits = {**world.splits, "train": [t.task_id for t in plays]}
+    world.expert = lambda task: None if task == "train-0" else expert(task)
+    fits = [t.task_id for t in plays if len(t.steps) <= most and t.task_id != "train-0"]
+    _, experts, _ = S.load_experts(make("c", expert="", experts=0))
+    assert [t.task_id for t in experts] == fits
+    assert f"6 tasks; 1 not solved and {5 - len(fits)} solved in more steps than allowed are left out" in capsys.readouterr().out
+
+
+def test_the_readme_s_own_world_trains(tmp_path, monkeypatch):
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names = dict(vars(envs))
+    exec(code, names)
+    monkeypatch.setitem(envs.ENVIRONMENTS, "doors", names["Doors"])
+    words = ["--env", "doors", "--experts", "6", "--sft-experts", "6", "--practice-experts", "6", "--sft-epochs", "1", "--iterations", "1", "--practice",
+             "2", "--eval-splits", "test", "--eval-each", "dev", "--eval-tasks", "2", "--max-new-tokens", "6", "--env-options", ""]
+    out = run(tmp_path / "x", *words)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["phase"] == "eval" and rows[-1]["tasks"] == 2 and rows[-1]["unparsed"] >= 0 and rows[-1]["secondary"] == {}
+    assert [t.reward for t in map(names["Doors"]().expert, ["door-1", "door-2"])] == [1.0, 1.0]

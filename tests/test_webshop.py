@@ -132,11 +132,14 @@ def test_reward_counts_attributes_options_and_price():
     ({"color": "red", "size": "7.5"}, ["red", "7.5"], 2),
     ({"color": "c1-red"}, ["red", "7.5"], 1),                        # a colour within the name
     ({"color": "navyblue"}, ["blue sky", "7.5"], 1),                 # both are reduced to their colour
-    ({"color": "red", "size": "7"}, ["red", "7.5"], 1),              # sizes are exact
-    ({"size": "7.5 wide"}, ["red", "7.5"], 0),
-    ({"style": "7.5 wide"}, ["red", "7.5"], 1),                      # anything else is fuzzy
-    ({"color": "blue", "style": "suede"}, ["red"], 1),               # in the title
-    ({"color": "red", "style": "suede"}, ["red"], 1),                # never more than the goal has
+    ({"color": "red", "size": "7"}, ["red", "8.5"], 1),
+    ({"size": "7.5 wide"}, ["red", "7.5"], 1),                       # fuzzy, sizes too: words of the one are words of the other
+    ({"size": "x-large"}, ["red", "x large"], 1),
+    ({"color": "blue", "style": "suede"}, ["red"], 0),               # what the title says is no wish
+    ({"color": "red", "style": "suede"}, ["red"], 1),
+    ({"color": "red", "style": "red"}, ["red", "blue"], 1),          # a wish counts once
+    ({"color": "red"}, ["red", "dark red"], 1),                      # "dark red" is reduced to dark
+    ({"style": "red dress"}, ["red"], 1),
 ])
 def test_reward_of_options(chosen, options, hits):
     assert reward(chosen=chosen, options=options) == pytest.approx((2 + hits) / (2 + len(options)))
