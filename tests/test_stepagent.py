@@ -16,6 +16,8 @@ import envs
 import losses
 import naive
 import stepagent as S
+import test_mind2web
+import test_qa
 import tiny
 from model import make_tiny
 from rollout import Encoded, InputError, Step, Trajectory, encode, episode_figures, score
@@ -640,3 +642,25 @@ def test_the_readme_s_own_world_trains(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["phase"] == "eval" and rows[-1]["tasks"] == 2 and rows[-1]["unparsed"] >= 0 and rows[-1]["secondary"] == {}
     assert [t.reward for t in map(names["Doors"]().expert, ["door-1", "door-2"])] == [1.0, 1.0]
+
+
+def small_files(name: str, folder: Path) -> str:
+    """Files of our own in the benchmark's official format."""
+    folder.mkdir()
+    if name == "webshop":
+        import test_webshop                          # skips where its packages are missing
+        return test_webshop.write(folder, [test_webshop.row(i) for i in range(30)])
+    return test_mind2web.write(folder) if name == "mind2web" else test_qa.write(folder, name)
+
+
+@pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse"])
+@pytest.mark.parametrize("name, metrics_of_its_own", [("webshop", set()), ("mind2web", {"operation_f1", "step_success"}), ("hotpotqa", {"f1"}),
+                                                      ("2wikimultihopqa", {"f1"}), ("musique", {"f1"})])
+def test_each_benchmark_trains_from_its_own_files(name, metrics_of_its_own, method, tmp_path):
+    data = small_files(name, tmp_path / "data")
+    out = run(tmp_path / "x", "--env", name, "--env-options", f"data={data}" + " dev=0" * (name == "mind2web"), "--method", method, "--experts", "6",
+              "--iterations", "1", "--eval-each", "", "--eval-tasks", "2")
+    last = metrics(out, "eval")[-1]
+    assert last["split"] == "test" and last["tasks"] in (1, 2) and set(last["secondary"]) == metrics_of_its_own
+    assert {r["phase"] for r in metrics(out)} >= {"sft", "inspect", method.split("-")[1], "eval"}
+    assert all(name in (out / "report.md").read_text() for name in metrics_of_its_own)
