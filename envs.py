@@ -2424,7 +2424,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="Look at an environment.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="files, in the folder given as data=FOLDER, or in the environment's own folder within the one that STEPAGENT_DATA names:\n"
-        + "\n".join(textwrap.fill(f"{name}: {text}", 120, initial_indent="  ", subsequent_indent="      ") for name, text in FILES.items()))
+        + "\n".join(textwrap.fill(f"{name}: {text}", 120, initial_indent="  ", subsequent_indent="      ") for name, text in FILES.items())
+        + "\n\noptions of each (its class says what they mean):\n"
+        + "\n".join(f"  {name}: {', '.join(str(p).partition(':')[0] + '=' + str(p.default) for p in inspect.signature(make).parameters.values())}"
+                    for name, make in ENVIRONMENTS.items()))
     parser.add_argument("env", help=f"one of: {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--task", default=None, help="a task id (default: the first train task)")
     parser.add_argument("--env-options", default="", help="options of the environment, as key=value words, e.g. 'data=FOLDER'")

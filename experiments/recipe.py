@@ -53,6 +53,7 @@ PAPER = {"WebShop": ((60.1, 66.2, 66.5), (62.6, 67.2, 67.6)), "Mind2Web": ((48.7
 def command(name: str, method: str, model: str = "$MODEL", out: str = "$OUT") -> list[str]:
     """The words of one run; every hyper-parameter is the default, which is the paper's where it gives one."""
     start = [] if method == "sft" else ["--init", f"{out}/sft/policy"]
+    start += ["--match", f"{out}/stepagent-implicit"] * (method == "sft+")             # the control: plain imitation in the same updates
     return ["torchrun", "--nproc_per_node", str(GPUS), "stepagent.py", *HOW[name][0], "--model", model, "--method", method, *start,
             "--out", f"{out}/{method}"]
 
@@ -68,11 +69,11 @@ def page() -> str:
              f"For {GPUS} GPUs of 80 GB, as in the paper (A100 there; hours here are for H100s). **Nothing on this page was run by us**: scores are the paper's "
              "(Table 2), hours and memory are arithmetic ([cost.md](cost.md), [memory.md](memory.md)); measured figures of ours are in the README, and "
              "none is of this size.", "",
-             "Set up with `bash run.sh test` and `source .venv/bin/activate`, for WebShop, ScienceWorld and ALFWorld also `pip install -r requirements-envs.txt`; "
+             "Set up with `bash run.sh test` (or `bash run.sh`, which also runs the small main job) and `source .venv/bin/activate`, for WebShop, ScienceWorld and ALFWorld also `pip install -r requirements-envs.txt`; "
              "Llama-3 and Mistral's weights want a Hugging Face login (`hf auth login`). A trajectory longer than the model's context (Llama-3: 8,192 "
              "tokens) stops a run at its start and is named: on Mind2Web expect some. Every hyper-parameter is the default, which is the paper's where it gives one: SFT 1e-5, 64 trajectories an update, 4 epochs, cosine with 3% "
              f"warm-up; reflection 5e-7, 16 step pairs an update, 1 epoch, K = {K}; {implicit} iterations (implicit) and {inverse} (inverse), the peaks of "
-             "its Figure 4. It does not give beta, temperatures, PPO's and D's settings: those are ours (`--help`). Weights are sharded where one GPU "
+             "its Figure 4. It does not give beta, temperatures, PPO's and D's settings: those are ours (`--help`). SFT+ is our control, plain SFT in the updates of Implicit; tune its `--lr` on dev. Weights are sharded where one GPU "
              "cannot hold them; add `--lora-rank 16 --micro-tokens 2048` and a higher `--lr` for one GPU of 24 GB (7B and 8B).", "",
              "Hours: H100-hours of all iterations' inspection, scoring and reflection (GPUs x wall time, idle ones included). SFT, D, evaluation and "
              "saving come on top. An update of 16 pairs is a part of one trajectory's, so that most GPUs idle in reflection; `--batch 346` on ScienceWorld, a "
@@ -84,7 +85,7 @@ def page() -> str:
         _, metric, test, files = HOW[b.name]
         lines += [f"## {b.name}", "", f"{metric[0].upper()}{metric[1:]}; test: {test}. {files}", "", "```bash",
                   f"for MODEL in {' '.join(IDS)}; do", f"  OUT=runs/{b.name.lower()}/$(basename $MODEL)"]
-        lines += [f"  {quoted(command(b.name, method))}" for method in ("sft", "stepagent-implicit", "stepagent-inverse")]
+        lines += [f"  {quoted(command(b.name, method))}" for method in ("sft", "stepagent-implicit", "stepagent-inverse", "sft+")]
         lines += ["done", "```", "", f"| model | paper: SFT / Implicit / Inverse | ours | H100-hours, {implicit} iterations Implicit / {inverse} Inverse | "
                   "GB a GPU, update / generation |", "|---|---|---|---|---|"]
         for n, (model, shape) in enumerate(zip(IDS, SHAPES)):

@@ -636,7 +636,7 @@ def test_the_readme_s_own_world_trains(tmp_path, monkeypatch):
     names = dict(vars(envs))
     exec(code, names)
     monkeypatch.setitem(envs.ENVIRONMENTS, "doors", names["Doors"])
-    words = ["--env", "doors", "--experts", "6", "--sft-experts", "6", "--practice-experts", "6", "--sft-epochs", "1", "--iterations", "1", "--practice",
+    words = ["--env", "doors", "--prompt", "full", "--experts", "6", "--sft-experts", "6", "--practice-experts", "6", "--sft-epochs", "1", "--iterations", "1", "--practice",
              "2", "--eval-splits", "test", "--eval-each", "dev", "--eval-tasks", "2", "--max-new-tokens", "6", "--env-options", ""]
     out = run(tmp_path / "x", *words)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
