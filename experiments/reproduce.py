@@ -2,6 +2,7 @@
 
     tune      success against SFT updates, and every method's learning rate by the same grid, on 500 dev tasks (seed 0)
     table2    the compared methods from the same SFT start within a seed, on the 300 test and 300 test_unseen tasks
+    nine      SFT, SFT+ and the two variants again, on nine seeds, four of them on another kind of CPU
     table3    reward types of StepAgent-Inverse: step, final, both
     figure4   (a) iterations 0 to 9, on 500 dev tasks; (b) K = 1 to 5, on the test tasks
     sizes     Figure 3's question at this scale: the same with a model of 0.23M parameters
@@ -9,7 +10,7 @@
     carry     how far practice at expert states carries over to the states that the agent reaches itself
     all       everything, in this order
 
-Seeds are 0 to 4; for sizes, experts and carry others, too (SEEDS): CPUs of another kind round otherwise, so that what is compared within a seed wants
+Seeds are 0 to 4; for nine, sizes, experts and carry others, too (SEEDS): CPUs of another kind round otherwise, so that what is compared within a seed wants
 to be run on one machine. Resumes run by run, and within a run. Writes experiments/results/NAME.md, .json and, for curves, .svg, and of each run the rewards of its
 episodes (results/runs), from which `--report` makes tables and curves again without running anything. Needs experiments/requirements.txt.
 """
@@ -60,7 +61,7 @@ QUICK = ("--experts", "16", "--sft-experts", "8", "--practice-experts", "8", "--
          "--env-options", "max_steps=19")
 SMALL = "models/tiny-household-small"
 BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
-SEEDS = {"sizes": [0, 1, 5, 6, 7, 8], "experts": [0, 5, 6, 7, 8], "carry": [5, 6, 7, 8]}         # of all others: 0 to 4
+SEEDS = {"nine": range(9), "sizes": [0, 1, 5, 6, 7, 8], "experts": [0, 5, 6, 7, 8], "carry": [5, 6, 7, 8]}         # of all others: 0 to 4
 
 
 class Cells:
@@ -179,6 +180,15 @@ def against(runs: dict[str, list[str]]) -> list[str]:
     return ["", "| paired, all tasks | " + " | ".join(f"{label} minus it" for label in ours) + " |", "|---" * (1 + len(ours)) + "|"] + [
         f"| {other} | " + " | ".join(cell(together[label] - x, True) if label != other else "" for label in ours) + " |"
         for other, x in together.items()]
+
+
+def nine(cells: Cells, seeds: list[int]) -> None:
+    runs = {"SFT": [cells.add(cells.sft(s, TEST)[0]) for s in seeds]} | {
+        label: [cells.method(label, s, TEST) for s in seeds] for label in ("SFT+", "StepAgent-Implicit", "StepAgent-Inverse")}
+    cells.wait()
+    runs = cells.finished(runs)
+    lines, figures = table(runs, "SFT+", TEST.split(","))
+    write("nine", lines + against(runs), figures)
 
 
 def table3(cells: Cells, seeds: list[int]) -> None:
@@ -360,7 +370,7 @@ def write(name: str, lines: list[str], figures: dict) -> None:
     print("\n".join(lines), flush=True)
 
 
-PARTS = {f.__name__: f for f in (tune, table2, table3, figure4, sizes, experts, carry)}
+PARTS = {f.__name__: f for f in (tune, table2, nine, table3, figure4, sizes, experts, carry)}
 
 
 def main() -> None:
