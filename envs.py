@@ -490,7 +490,7 @@ class HouseholdExpert:
         elif match := re.fullmatch(r"You put (\w+ \d+) .*", observation):
             self.event, self.hand, self.stored = "put", None, match[1]
             self.seen.setdefault(self.place, []).append(match[1])
-        elif re.fullmatch(r"You (clean|heat|cool) .*", observation):
+        elif self.task in STATION and observation.startswith(f"You {self.task} "):     # an agent may treat what it need not
             self.event, self.treated = "treat", True
 
     def decide(self) -> tuple[str, str]:

@@ -210,6 +210,16 @@ def test_parse_action(text, action):
     assert parse_action(text) == action
 
 
+@pytest.mark.parametrize("task, wanted", [("heat", "heat mug 1 with microwave 1"), ("put two", "put mug 1 in/on cabinet 1")])
+def test_the_expert_follows_an_agent_that_treats_what_it_need_not(task, wanted):
+    what = {"heat": "hot mug", "put two": "two mug"}[task]
+    expert = HouseholdExpert(f"You are in a house with microwave 1, cabinet 1, sinkbasin 1. Your task: put {what} in cabinet.")
+    expert.place, expert.hand, expert.closed = "sinkbasin 1", "mug 1", False
+    expert.read("You clean mug 1 with sinkbasin 1.")
+    expert.place = {"heat": "microwave 1", "put two": "cabinet 1"}[task]
+    assert expert.decide()[1] == wanted
+
+
 def test_the_prompt_announces_an_example_only_where_there_is_one():
     world = SimpleNamespace(instruction="Rules.", example="")
     assert prompt_messages(world)[0]["content"] == "Rules."
