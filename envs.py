@@ -964,14 +964,15 @@ def alfworld_forms(path: str) -> dict[str, str]:
 
 
 class ALFWorldEpisode:
-    """One game. expert: keep TextWorld's list of what is where, and its planner's commands."""
+    """One game. extra: what TextWorld is to tell its expert: "facts" (what is where) or "policy_commands" (its planner's, found anew at
+    each step, which is slow)."""
 
-    def __init__(self, path: str, expert: bool = False):
+    def __init__(self, path: str, extra: str = ""):
         textworld, self.planner = _textworld()
         self.put, self.reward, argv = alfworld_forms(path)["PutObject"], 0.0, sys.argv
         with ALFWORLD_LOCK:
             try:
-                self.game = textworld.start(path, textworld.EnvInfos(won=True, facts=expert, policy_commands=expert))
+                self.game = textworld.start(path, textworld.EnvInfos(won=True, **{extra: True} if extra else {}))
                 names = alfworld_names(self.game._entity_infos)
                 for key, entity in self.game._entity_infos.items():
                     entity.name = names[key]
@@ -1167,9 +1168,9 @@ class ALFWorld:
               f"with a game below {self.root}, such as {next(filter(None, self.splits.values()))[0]}")
         return parts
 
-    def start(self, task_id: str, expert: bool = False) -> tuple[ALFWorldEpisode, str]:
+    def start(self, task_id: str, extra: str = "") -> tuple[ALFWorldEpisode, str]:
         self.check(task_id)
-        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", expert)
+        episode = ALFWorldEpisode(f"{self.root}/{task_id}/game.tw-pddl", extra)
         return episode, episode.first
 
     def turns(self, task_id: str, episode: ALFWorldEpisode) -> Callable[[str], str | None]:
@@ -1192,7 +1193,7 @@ class ALFWorld:
 
     def expert(self, task_id: str) -> Trajectory | None:
         """None: there is no gt_traj.json."""
-        episode, observation = self.start(task_id, expert=True)
+        episode, observation = self.start(task_id, {"rule": "facts", "planner": "policy_commands"}.get(self.shown, ""))
         trajectory, turn, done = Trajectory(task_id), self.turns(task_id, episode), False
         while not done and len(trajectory.steps) < self.limit and (action := turn(observation)):
             trajectory.steps.append(Step(observation, action))

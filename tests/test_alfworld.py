@@ -31,7 +31,8 @@ CLOSED = ("cabinet", "drawer", "fridge", "microwave")
 class Game:
     """A stub of a TextWorld game: the few actions, in the wording of the game file."""
 
-    def __init__(self, path, facts):
+    def __init__(self, path, infos):
+        assert infos.won
         self.task = TASKS[Path(path).parent.parent.name]
         self.forms = dict(re.findall(r'action (\w+) \{\s*template :: "(.*?)"', json.loads(Path(path).read_text())["grammar"]))
         things = [*HOUSE, *sum(HOUSE.values(), [])]
@@ -107,7 +108,7 @@ def write(folder, forms=FORMS, solvable=True):
 def closed(monkeypatch):
     """The stub in place of TextWorld; the list of the libraries that episodes gave back."""
     libraries = []
-    textworld = SimpleNamespace(start=lambda path, infos: Game(path, infos.facts), EnvInfos=lambda **options: SimpleNamespace(**options))
+    textworld = SimpleNamespace(start=lambda path, infos: Game(path, infos), EnvInfos=lambda **options: SimpleNamespace(**options))
     monkeypatch.setattr(envs, "_textworld", lambda: (textworld, SimpleNamespace(close_lib=libraries.append)))
     return libraries
 
