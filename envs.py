@@ -55,7 +55,7 @@ from rollout import InputError, Step, Trajectory, stable_seed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What all environments share: the reply format and the conversation's opening
+# What environments share: the reply format, the conversation's opening, a few names, reading of large files
 # ---------------------------------------------------------------------------------------------------------------------
 ACTION = re.compile(r"(?:(?im:^[ \t]*[*_#]*[ \t]*action)|Action|ACTION)[ \t]*\d*[ \t*_]*:[*_]*\s*([^\n]+)")
 

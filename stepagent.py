@@ -575,12 +575,12 @@ def load_experts(run: Run):
         tasks = some(env.splits["train"], c.experts)
         with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
             shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
-        right = [t for t in shown if t is not None and t.reward >= 1]
-        experts = [t for t in right if len(t.steps) <= env.max_steps(t.task_id)]
+        solved = [t for t in shown if t is not None and t.reward >= 1]
+        experts = [t for t in solved if len(t.steps) <= env.max_steps(t.task_id)]
         if not experts:
             raise InputError(f"{c.env}: no expert trajectory; give a file with --expert")
         if len(experts) < len(tasks):
-            tqdm.write(f"expert: {len(tasks)} tasks; {len(tasks) - len(right)} not solved and {len(right) - len(experts)} solved in more steps than "
+            tqdm.write(f"expert: {len(tasks)} tasks; {len(tasks) - len(solved)} not solved and {len(solved) - len(experts)} solved in more steps than "
                        "allowed are left out")
         save_trajectories(str(file), experts)
     run.barrier()

@@ -57,9 +57,9 @@ def again(env, t: Trajectory) -> tuple[float, bool, float, float]:
 
 def row(name: str, tasks: int, workers: list[int]) -> str:
     options, slow = OPTIONS.get(name, {}), getattr(ENVIRONMENTS[name], "slow", False)
-    label = name
+    label, folder = name, tempfile.TemporaryDirectory()                  # goes with the last reference
     if name == "mind2web" and not os.path.isdir(os.path.join(os.environ.get("STEPAGENT_DATA", ""), name)):
-        options, label = {"data": recordings(tempfile.mkdtemp()), "dev": 5}, "mind2web, own recordings"
+        options, label = {"data": recordings(folder.name), "dev": 5}, "mind2web, own recordings"
     env, speeds = make_env(name, **options), []
     every = list(dict.fromkeys(task for ids in env.splits.values() for task in ids))
     chosen = some(every, tasks if slow else 0)
