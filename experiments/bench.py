@@ -568,6 +568,19 @@ def machine() -> dict:
     return found | {"cpu": (named or ["unknown CPU"])[0]}
 
 
+def begin(file: Path, parts: list[str]) -> dict:
+    """What was measured so far; these parts are to be measured now. A table is of one machine and one set of versions."""
+    here, new = machine(), {"parts": {}, "minutes": {}}
+    data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else new | {"machine": here}
+    if data["machine"] == here:
+        return data
+    others = [name for name in data["parts"] if name not in parts]
+    if others:
+        there = ", ".join(f"{name} {x}" for name, x in data["machine"].items() if here.get(name) != x)
+        sys.exit(f"error: {file} holds {', '.join(others)} of another machine or other versions ({there}); measure all parts here, or move it away")
+    return new | {"machine": here}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help=f"parts to run: {', '.join(PARTS)}")
@@ -585,11 +598,10 @@ def main() -> None:
     out = Path(o.out or (ROOT / "runs/bench-quick" if o.quick else ROOT / "experiments/results"))
     out.mkdir(parents=True, exist_ok=True)
     file = out / "bench.json"
-    data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}, "minutes": {}}
     if o.repetitions < 1:
         sys.exit(f"error: --repetitions is {o.repetitions}; give at least 1")
+    data = begin(file, o.only) | {"quick": o.quick}
     o.shape, o.repetitions, o.parts = (SMALL, 1, data["parts"]) if o.quick else (REFERENCE, o.repetitions, data["parts"])
-    data |= {"machine": machine(), "quick": o.quick}
     for part in o.only:
         say(part)
         started = time.perf_counter()

@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench import LR, MODEL, REFERENCE, ROOT, SMALL, Shape, inspect, machine, make_data, make_model, our_update, say, table, timed, write
+from bench import LR, MODEL, REFERENCE, ROOT, SMALL, Shape, begin, inspect, make_data, make_model, our_update, say, table, timed, write
 
 import torch
 from rollout import Encoded, score
@@ -146,8 +146,7 @@ def main() -> None:
     out = ROOT / ("runs/limits-quick" if o.quick else "experiments/results")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "limits.json"
-    data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
-    data["machine"] = machine()
+    data = begin(file, o.only)
     for part in o.only:
         say(part)
         data["parts"][part] = PARTS[part](o.quick, 1 if o.quick else o.repetitions)
