@@ -10,7 +10,7 @@
     carry     how far practice at expert states carries over to the states that the agent reaches itself
     all       everything, in this order
 
-Seeds are 0 to 4; for nine, sizes, experts and carry others, too (SEEDS): CPUs of another kind round otherwise, so that what is compared within a seed wants
+Seeds are 0 to 4; for nine, figure4, sizes, experts and carry others, too (SEEDS): CPUs of another kind round otherwise, so that what is compared within a seed wants
 to be run on one machine. Resumes run by run, and within a run. Writes experiments/results/NAME.md, .json and, for curves, .svg, and of each run the rewards of its
 episodes (results/runs), from which `--report` makes tables and curves again without running anything. Needs experiments/requirements.txt.
 """
@@ -39,6 +39,8 @@ from envs import HouseholdExpert, parse_action  # noqa: E402
 PASSES = (4, 8, 16, 32)                              # of SFT; START is where every method begins
 START = 8
 GRID = ("5e-6", "1.5e-5", "5e-5", "1.5e-4", "5e-4", "1.5e-3")
+LOST = {"DPO": "5e-5", "SPIN": "1.5e-5", "ETO": "5e-5"}          # here they lost nine points and more: higher rates are not run
+LATER = {("SFT+", "5e-6"), ("PPO", "5e-6"), ("PPO", "1.5e-3"), ("StepAgent-Implicit", "5e-6")}      # run later, from the SFT of seed 5
 DEV, TEST = "dev,dev_more", "test,test_unseen"
 # Options of each method beside its rate; a rate of None: it has none of its own (RFT and NAT train as SFT does, from the base model, with
 # passes so chosen that they take about as many updates as SFT). Batches: 13 trajectories hold about the 64 pairs of an implicit update.
@@ -61,7 +63,7 @@ QUICK = ("--experts", "16", "--sft-experts", "8", "--practice-experts", "8", "--
          "--env-options", "max_steps=19")
 SMALL = "models/tiny-household-small"
 BASELINES = ("SFT", "PPO", "DPO", "RFT", "SPIN", "NAT", "ETO")
-SEEDS = {"nine": range(9), "sizes": [0, 1, 5, 6, 7, 8], "experts": [0, 5, 6, 7, 8], "carry": [5, 6, 7, 8]}         # of all others: 0 to 4
+SEEDS = {"nine": range(9), "figure4": [0, 5, 6, 7, 8], "sizes": [0, 1, 5, 6, 7, 8], "experts": [0, 5, 6, 7, 8], "carry": [5, 6, 7, 8]}   # others: 0 to 4
 
 
 class Cells:
@@ -128,13 +130,16 @@ class Cells:
 
 def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
     sft = {n: cells.add(cells.sft(0, DEV, n)[0]) for n in sorted(PASSES, key=lambda n: n != START)}
-    grid = {(label, rate): cells.method(label, 0, DEV, rate=rate, tag=f"_lr{rate}")
-            for label in METHODS if RATES[label] for rate in rates}
+    later = cells.add(cells.sft(5, DEV)[0])
+    grid = {(label, rate): cells.method(label, 5 if (label, rate) in LATER else 0, DEV, rate=rate, tag=f"_lr{rate}")
+            for label in METHODS if RATES[label] for rate in rates if float(rate) <= float(LOST.get(label, "inf"))}
     cells.wait()
-    done = cells.finished({run: [run] for run in [*sft.values(), *grid.values()]})
+    done = cells.finished({run: [run] for run in [*sft.values(), later, *grid.values()]})
     if sft[START] not in done:
         sys.exit(f"error: SFT of {START} passes is not finished; run without --report first")
-    base, figures = success([sft[START]], DEV), {"sft": {}, "grid": {}}
+    base, figures = {False: success([sft[START]], DEV)}, {"sft": {}, "grid": {}}
+    if later in done:
+        base[True] = success([later], DEV)
     lines = ["Household, seed 0, 500 dev tasks; success in %, 95% bootstrap intervals over tasks in brackets.", "",
              "| SFT passes | updates | success |", "|---|---|---|"]
     for n in (n for n in PASSES if sft[n] in done):
@@ -144,11 +149,16 @@ def tune(cells: Cells, seeds: list[int], rates: tuple[str, ...] = GRID) -> None:
     lines += ["", f"| from SFT of {START} passes, minus it (paired) | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
               "|---" * (len(rates) + 1) + "|"]
     for label in dict.fromkeys(label for label, _ in grid):
-        gaps = {rate: success([grid[label, rate]], DEV) - base for rate in rates if grid[label, rate] in done}
+        gaps = {rate: success([grid[label, rate]], DEV) - base[(label, rate) in LATER] for rate in rates if grid.get((label, rate)) in done}
         figures["grid"][label] = {rate: [float(x.mean()), *interval(x)] for rate, x in gaps.items()}
-        best = max(gaps, key=lambda rate: gaps[rate].mean(), default=None)
-        lines.append(f"| {label} | " + " | ".join("not run" if rate not in gaps else f"**{cell(gaps[rate], True)}**" if rate == best else
-                                                  cell(gaps[rate], True) for rate in rates) + " |")
+        best, said = max(gaps, key=lambda rate: gaps[rate].mean(), default=None), []
+        for rate in rates:
+            text = cell(gaps[rate], True) + " °" * ((label, rate) in LATER) if rate in gaps else "not run" * ((label, rate) in grid)
+            said.append(f"**{text}**" if rate == best else text)
+        lines.append(f"| {label} | " + " | ".join(said) + " |")
+    lines += ["", "Empty: not run, as a lower rate has lost nine points or more already."]
+    if True in base:
+        lines[-1] += f" °: from another SFT, of seed 5 on another kind of CPU ({cell(base[True])}), minus it."
     write("tune", lines, figures)
     updates, low, mean, high = zip(*((s["updates"], s["interval"][0], s["success"], s["interval"][1]) for s in figures["sft"].values()))
     with plot("sft_converges", "SFT updates (a schedule of its own each)", "success on 500 dev tasks, %") as axes:
@@ -205,52 +215,73 @@ def table3(cells: Cells, seeds: list[int]) -> None:
 
 
 def figure4(cells: Cells, seeds: list[int]) -> None:
-    labels = ("StepAgent-Implicit", "StepAgent-Inverse", "SFT+")
-    long = {label: [cells.method(label, s, DEV, "--iterations", "9", "--eval-each", DEV, tag="_9") for s in seeds] for label in labels}
-    many = {(label, k): [cells.method(label, s, TEST, "--practice", str(k), tag=f"_k{k}") if k != 3 else cells.method(label, s, TEST)
-                         for s in seeds] for label in labels[:2] for k in range(1, 6)}
+    """With --report, the seeds of (a) are those whose three runs are finished, and of (b), label by label, those with every K."""
+    labels, practice = ("StepAgent-Implicit", "StepAgent-Inverse", "SFT+"), range(1, 6)
+    long = {(label, s): cells.method(label, s, DEV, "--iterations", "9", "--eval-each", DEV, tag="_9") for label in labels for s in seeds}
+    many = {(label, k, s): cells.method(label, s, TEST, *(["--practice", str(k)] if k != 3 else []), tag=f"_k{k}" if k != 3 else "")
+            for label in labels for k in practice for s in seeds}                   # SFT+: with the updates of Implicit at that K
+    base = {s: cells.add(cells.sft(s, TEST)[0]) for s in seeds}
     cells.wait()
-    long, many = cells.finished(long), cells.finished(many)
-    if not long:
+    done = {path for path in [*long.values(), *many.values(), *base.values()] if cells.finished({0: [path]})}
+    own = [s for s in seeds if all(long[label, s] in done for label in labels)]
+    if not own:
         sys.exit("error: figure4's runs of nine iterations are not finished; run without --report first")
-    curves = {label: [success(runs, DEV, f"eval_{i}") for i in range(10)] for label, runs in long.items()}
-    figures = {"iterations": {}, "practice": {}}
+    whole = lambda x: [float(x.mean()), *interval(x)]
+    curves = {label: [success([long[label, s] for s in own], DEV, f"eval_{i}") for i in range(10)] for label in labels}
+    with_k = {label: [s for s in seeds if all(many[label, k, s] in done for k in practice)] for label in labels}
+    solved = lambda label, k, which: success([many[label, k, s] for s in which], TEST)
+    figures = {"seeds": {"iterations": own, "practice": with_k}, "iterations": {}, "practice": {}}
     for label, curve in curves.items():
-        logged = [load(run)["metrics"] for run in long[label]]
+        logged = [load(long[label, s])["metrics"] for s in own]
         of = lambda name: [float(np.mean([r[name] for run in logged for r in run if r["iteration"] == i and name in r] or [np.nan]))
                            for i in range(1, 10)]
-        figures["iterations"][label] = {"success": [[float(x.mean()), *interval(x)] for x in curve]} | {
+        figures["iterations"][label] = {"success": [whole(x) for x in curve], "minus 0": [whole(x - curve[0]) for x in curve]} | {
             name: of(name) for name in ("match_text", "match_action", "pairs_kept", "margin", "accuracy_all", "d_auc", "log_d_agent", "log_d_gap",
                                         "entropy")}
-    for (label, k), runs in many.items():
-        x = success(runs, TEST)
-        figures["practice"].setdefault(label, {})[k] = [float(x.mean()), *interval(x)]
-    figures["practice"] = {label: f for label, f in figures["practice"].items() if len(f) > 1}
-    lines = [f"Success in %, {len(seeds)} seed{'s' * (len(seeds) > 1)}; iterations on 500 dev tasks, K on 600 test tasks.", "",
-             "| iteration | " + " | ".join(map(str, range(10))) + " | 9 minus 0, paired |" + " 9, minus SFT+ |" * ("SFT+" in curves),
-             "|---" * (12 + ("SFT+" in curves)) + "|"]
+    for label in (label for label in labels if with_k[label]):
+        start, paths = success([base[s] for s in with_k[label]], TEST), {k: [many[label, k, s] for s in with_k[label]] for k in practice}
+        x = {k: solved(label, k, with_k[label]) for k in practice}
+        rows = {"success": x, "minus SFT": {k: x[k] - start for k in practice}, "minus K = 3": {k: x[k] - x[3] for k in practice if k != 3}}
+        both = [s for s in with_k[label] if s in with_k["SFT+"]]
+        if label != "SFT+" and both:
+            rows[f"minus SFT+, seeds {', '.join(map(str, both))}"] = {k: solved(label, k, both) - solved("SFT+", k, both) for k in practice}
+        figures["practice"][label] = {name: {k: whole(gap) for k, gap in row.items()} for name, row in rows.items()} | {
+            "updates": {k: spent(paths[k])["updates"] for k in practice}}
+    lines = [f"Success in %, intervals over tasks and seeds. Iterations: 500 dev tasks, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}.",
+             "", "| iteration | " + " | ".join(map(str, range(10))) + " | 9 minus 0, paired | by seed | 9, minus SFT+ |", "|---" * 14 + "|"]
     for label, curve in curves.items():
-        gaps = [curve[9] - curve[0]] + [curve[9] - curves["SFT+"][9]] * ("SFT+" in curves)
-        lines.append(f"| {label} | " + " | ".join([*(f"{100 * x.mean():.1f}" for x in curve), *(cell(x, True) if x.any() else "" for x in gaps)]) + " |")
+        gap = curve[9] - curve[0]
+        lines.append("| " + " | ".join([label, *(f"{100 * x.mean():.1f}" for x in curve), cell(gap, True), ", ".join(f"{100 * x:+.1f}" for x in gap.mean(1)),
+                                        cell(curve[9] - curves["SFT+"][9], True) if label != "SFT+" else ""]) + " |")
     for name in ("match_text", "pairs_kept", "margin", "d_auc", "log_d_gap"):
-        lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " | |" + " |" * ("SFT+" in curves)
+        lines += [f"| {label}, {name} | | " + " | ".join("" if np.isnan(x) else f"{x:.3g}" for x in f[name]) + " | | | |"
                   for label, f in figures["iterations"].items() if not np.isnan(f[name]).all()]
-    if figures["practice"]:
-        lines += ["", "| K | " + " | ".join(map(str, range(1, 6))) + " |", "|---" * 6 + "|"]
-        lines += [f"| {label} | " + " | ".join(f"{100 * f[k][0]:.1f} [{100 * f[k][1]:.1f}, {100 * f[k][2]:.1f}]" if k in f else "not run"
-                                               for k in range(1, 6)) + " |" for label, f in figures["practice"].items()]
-    write("figure4", lines, figures)
-    panels = [("(a) iterations, 500 dev tasks", "iteration", "success, %"), ("what practice equals", "iteration", "practice with the expert's text, %")]
-    panels += [("(b) practice number, 600 test tasks", "K", "success, %")] * bool(figures["practice"])
-    figure, grid = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3.2), layout="constrained")
-    for label, f in figures["iterations"].items():
-        mean, low, high = 100 * np.array(f["success"]).T
-        grid[0].plot(range(10), mean, marker="o", label=label)
-        grid[0].fill_between(range(10), low, high, alpha=0.15)
-        grid[1].plot(range(1, 10), 100 * np.array(f["match_text"]), marker="o", label=label)
+    points = lambda x, sign: f"{100 * x[0]:{sign}.1f} [{100 * x[1]:{sign}.1f}, {100 * x[2]:{sign}.1f}]"
     for label, f in figures["practice"].items():
-        mean, low, high = 100 * np.array(list(f.values())).T
-        grid[2].errorbar(list(f), mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
+        taken = ": the trajectories of Implicit's updates" * (label == "SFT+")
+        lines += ["", f"| {label}{taken}, 600 test tasks, seeds {', '.join(map(str, with_k[label]))} | " + " | ".join(f"K = {k}" for k in practice) + " |",
+                  "|---" * 6 + "|", "| updates | " + " | ".join(f"{f['updates'][k]:.0f}" for k in practice) + " |"]
+        lines += [f"| {name}{', paired' * (name != 'success')} | " + " | ".join(points(row[k], "+" * (name != "success")) if k in row else "" for k in practice) + " |"
+                  for name, row in f.items() if name != "updates"]
+    write("figure4", lines, figures)
+    panels = [("(a) iterations, 500 dev tasks", "iteration", "success minus iteration 0, points"),
+              ("practice that equals the expert", "iteration", "text (dashed: action), %"), ("(b) K, 600 test tasks", "K", "success minus SFT, points"),
+              ("Implicit: margin of the pairs", "iteration", "margin of eq. 6"), ("Inverse: what D tells apart", "iteration", "held-out AUC"),
+              ("Inverse: reward", "iteration", "log D of practice")]
+    figure, grid = plt.subplots(2, 3, figsize=(11.2, 6.2), layout="constrained")
+    grid = grid.flat
+    for j, (label, f) in enumerate(figures["iterations"].items()):
+        color = {"label": label, "color": f"C{j}", "marker": "o"}
+        mean, low, high = 100 * np.array(f["minus 0"]).T
+        grid[0].plot(range(10), mean, **color)
+        grid[0].fill_between(range(10), low, high, alpha=0.15, color=f"C{j}")
+        grid[1].plot(range(1, 10), 100 * np.array(f["match_text"]), **color)
+        grid[1].plot(range(1, 10), 100 * np.array(f["match_action"]), **color | {"linestyle": "--"})
+        for at, name in ((3, "margin"), (4, "d_auc"), (5, "log_d_agent")):
+            grid[at].plot(range(1, 10), f[name], **color)
+    for j, (label, f) in enumerate(figures["practice"].items()):
+        mean, low, high = 100 * np.array(list(f["minus SFT"].values())).T
+        grid[2].errorbar(np.array(practice) + 0.1 * j, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
     for axes, (title, x, y) in zip(grid, panels):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
