@@ -215,7 +215,7 @@ def table3(cells: Cells, seeds: list[int]) -> None:
 
 
 def figure4(cells: Cells, seeds: list[int]) -> None:
-    """With --report, the seeds of (a) are those whose three runs are finished, and of (b), label by label, those with every K."""
+    """With --report, the seeds of (a) are those whose three runs are finished, and of (b), label by label, those with K = 1, 3 and 5."""
     labels, practice = ("StepAgent-Implicit", "StepAgent-Inverse", "SFT+"), range(1, 6)
     long = {(label, s): cells.method(label, s, DEV, "--iterations", "9", "--eval-each", DEV, tag="_9") for label in labels for s in seeds}
     many = {(label, k, s): cells.method(label, s, TEST, *(["--practice", str(k)] if k != 3 else []), tag=f"_k{k}" if k != 3 else "")
@@ -228,7 +228,8 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
         sys.exit("error: figure4's runs of nine iterations are not finished; run without --report first")
     whole = lambda x: [float(x.mean()), *interval(x)]
     curves = {label: [success([long[label, s] for s in own], DEV, f"eval_{i}") for i in range(10)] for label in labels}
-    with_k = {label: [s for s in seeds if all(many[label, k, s] in done for k in practice)] for label in labels}
+    with_k = {label: [s for s in seeds if all(many[label, k, s] in done for k in (1, 3, 5))] for label in labels}
+    run = {label: [k for k in practice if all(many[label, k, s] in done for s in with_k[label])] for label in labels}
     solved = lambda label, k, which: success([many[label, k, s] for s in which], TEST)
     figures = {"seeds": {"iterations": own, "practice": with_k}, "iterations": {}, "practice": {}}
     for label, curve in curves.items():
@@ -239,14 +240,13 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
             name: of(name) for name in ("match_text", "match_action", "pairs_kept", "margin", "accuracy_all", "d_auc", "log_d_agent", "log_d_gap",
                                         "entropy")}
     for label in (label for label in labels if with_k[label]):
-        start, paths = success([base[s] for s in with_k[label]], TEST), {k: [many[label, k, s] for s in with_k[label]] for k in practice}
-        x = {k: solved(label, k, with_k[label]) for k in practice}
-        rows = {"success": x, "minus SFT": {k: x[k] - start for k in practice}, "minus K = 3": {k: x[k] - x[3] for k in practice if k != 3}}
+        start, x = success([base[s] for s in with_k[label]], TEST), {k: solved(label, k, with_k[label]) for k in run[label]}
+        rows = {"success": x, "minus SFT": {k: x[k] - start for k in x}, "minus K = 3": {k: x[k] - x[3] for k in x if k != 3}}
         both = [s for s in with_k[label] if s in with_k["SFT+"]]
-        if label != "SFT+" and both:
-            rows[f"minus SFT+, seeds {', '.join(map(str, both))}"] = {k: solved(label, k, both) - solved("SFT+", k, both) for k in practice}
+        if label == "StepAgent-Implicit" and both:
+            rows[f"minus SFT+, seeds {', '.join(map(str, both))}"] = {k: solved(label, k, both) - solved("SFT+", k, both) for k in run["SFT+"]}
         figures["practice"][label] = {name: {k: whole(gap) for k, gap in row.items()} for name, row in rows.items()} | {
-            "updates": {k: spent(paths[k])["updates"] for k in practice}}
+            "updates": {k: spent([many[label, k, s] for s in with_k[label]])["updates"] for k in x}}
     lines = [f"Success in %, intervals over tasks and seeds. Iterations: 500 dev tasks, seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}.",
              "", "| iteration | " + " | ".join(map(str, range(10))) + " | 9 minus 0, paired | by seed | 9, minus SFT+ |", "|---" * 14 + "|"]
     for label, curve in curves.items():
@@ -260,7 +260,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
     for label, f in figures["practice"].items():
         taken = ": the trajectories of Implicit's updates" * (label == "SFT+")
         lines += ["", f"| {label}{taken}, 600 test tasks, seeds {', '.join(map(str, with_k[label]))} | " + " | ".join(f"K = {k}" for k in practice) + " |",
-                  "|---" * 6 + "|", "| updates | " + " | ".join(f"{f['updates'][k]:.0f}" for k in practice) + " |"]
+                  "|---" * 6 + "|", "| updates | " + " | ".join(f"{f['updates'][k]:.0f}" if k in f["updates"] else "not run" for k in practice) + " |"]
         lines += [f"| {name}{', paired' * (name != 'success')} | " + " | ".join(points(row[k], "+" * (name != "success")) if k in row else "" for k in practice) + " |"
                   for name, row in f.items() if name != "updates"]
     write("figure4", lines, figures)
@@ -281,7 +281,7 @@ def figure4(cells: Cells, seeds: list[int]) -> None:
             grid[at].plot(range(1, 10), f[name], **color)
     for j, (label, f) in enumerate(figures["practice"].items()):
         mean, low, high = 100 * np.array(list(f["minus SFT"].values())).T
-        grid[2].errorbar(np.array(practice) + 0.1 * j, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
+        grid[2].errorbar(np.array(list(f["minus SFT"])) + 0.1 * j, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=label)
     for axes, (title, x, y) in zip(grid, panels):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
