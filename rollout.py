@@ -1,15 +1,16 @@
 """Trajectories -> tokens, and the two things that a policy does with them: it plays or practises, and it scores.
 
 The one structural idea: all states of an expert trajectory are prefixes of ONE token sequence, the trunk, and every practice
-action is a leaf that branches off at its step.
+action is a leaf that branches off at its step, at the first token that differs from the expert's.
 
     trunk   prompt  o1  a1  o2  a2  o3  a3        expert actions a1, a2, a3 lie on the trunk
                       \\       \\       \\
     leaves            a1'     a2'     a3'         practice actions; token t of a leaf stands at position (start of a_i) + t
-                      a1"     a2"     a3"         and sees the trunk before a_i and its own leaf, nothing else
+                      a1"     a2"     a3"         and sees the trunk before its branch and its own leaf, nothing else
 
 So `practice` prefills each trunk once and decodes all its leaves together, and `score` gets every log-prob, expert's and agent's,
-from one forward pass. Both are exact: tests compare them with one forward pass per prefix.
+from one forward pass; what practice has in common with the expert is neither decoded nor scored again. Both are exact: tests
+compare them with one forward pass per prefix.
 
 The model is any Llama, Mistral, Qwen2 or Qwen3 of transformers. Its attention is replaced through the library's own hook by a
 function that asks the `tree` it is given (a keyword argument of the model call) who sees whom: Packed, LeafCache or RowCache.
@@ -252,11 +253,12 @@ def _sdpa(q, k, v, scaling, mask=None, causal=False) -> Tensor:
 
 
 class Packed:
-    """Who sees whom in one packed row [trunk, leaves of step 1, leaves of step 2, .., trunk, ..]. One attention call is (trunk, first,
-    end, start, leaves, lengths): queries are the trunk's tokens [first, end) and the leaves of the step at `start`; keys are the
-    trunk's tokens [0, end) and these leaves. All layers but the last take one causal call over each trunk, [0, its length), and one for
-    each step's leaves. The last layer, whose output is wanted at few tokens, takes one for each step: the state's last token, the
-    expert's action, the leaves. No L x L mask unless a sliding window is shorter than the trunk."""
+    """Who sees whom in one packed row [trunk, leaves of step 1, leaves of step 2, .., trunk, ..]. A leaf is (branch, length): it
+    sees the trunk's tokens [0, branch), its own stand at branch, branch + 1, .. One attention call is (trunk, first, end, place,
+    leaves): queries are the trunk's tokens [first, end) and a step's leaves; keys are the trunk's tokens [0, end) and these leaves. All
+    layers but the last take one causal call over each trunk, [0, its length), and one for each step's leaves. The last layer, whose
+    output is wanted at few tokens, takes one for each step: the state's last token, the expert's action, the leaves. No L x L mask
+    unless a sliding window is shorter than the trunk."""
 
     def __init__(self, model: PreTrainedModel, keep: bool = False):
         self.last_layer, self.device = model.config.num_hidden_layers - 1, model.device
@@ -266,19 +268,20 @@ class Packed:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None        # layer -> keys, values (prefill)
         self._masks: dict[tuple, Tensor] = {}        # the layers share them
 
-    def add(self, length: int, steps: Iterable[tuple[int, int, tuple[int, ...]]]) -> None:
-        """A trajectory: the length of its trunk and, for each step, (start, end, lengths of its leaves). Wanted are, step by step, the
-        trunk's tokens [start - 1, end) and the leaves."""
+    def add(self, length: int, steps: Iterable[tuple[int, int, tuple[tuple[int, int], ...]]]) -> None:
+        """A trajectory: the length of its trunk and, for each step, (start, end, its leaves). Wanted are, step by step, the trunk's
+        tokens [start - 1, end) and the leaves."""
         at, trunk, done = sum(self.sizes), len(self.sizes), 0
         self.sizes.append(length)
-        self.calls[False].append((trunk, 0, length, 0, 0, ()))
-        for start, end, lengths in steps:
-            first, leaves, begin = max(start - 1, done), len(self.sizes), sum(self.sizes)        # without observation: wanted once
-            self.wanted += [*range(at + first, at + end), *range(begin, begin + sum(lengths))]
-            self.calls[True].append((trunk, first, end, start, leaves, lengths))
-            if lengths:
-                self.sizes.append(sum(lengths))
-                self.calls[False].append((trunk, start, start, start, leaves, lengths))
+        self.calls[False].append((trunk, 0, length, 0, ()))
+        for start, end, leaves in steps:
+            first, place, begin = max(start - 1, done), len(self.sizes), sum(self.sizes)         # without observation: wanted once
+            size, reach = sum(n for _, n in leaves), max((branch for branch, _ in leaves), default=0)
+            self.wanted += [*range(at + first, at + end), *range(begin, begin + size)]
+            self.calls[True].append((trunk, first, end, place, leaves))
+            if leaves:
+                self.sizes.append(size)
+                self.calls[False].append((trunk, reach, reach, place, leaves))
             done = end
 
     @cached_property
@@ -291,11 +294,11 @@ class Packed:
         last, out = layer == self.last_layer, []
         calls = self.calls[last]
         ks, vs = k.split(self.sizes, 2), v.split(self.sizes, 2)          # not slices: the gradient of each would be a full row of zeros
-        qs = (q[:, :, self.rows] if last else q).split([end - first + sum(lengths) for _, first, end, _, _, lengths in calls], 2)
+        qs = (q[:, :, self.rows] if last else q).split([end - first + sum(n for _, n in leaves) for _, first, end, _, leaves in calls], 2)
         for call, own in zip(calls, qs):
-            trunk, first, end, _, leaves, lengths = call
-            keys, values = (torch.cat([x[trunk][:, :, :end], x[leaves]], 2) if lengths else x[trunk][:, :, :end] for x in (ks, vs))
-            plain = first == 0 and not lengths and not (window and end > window)
+            trunk, first, end, place, leaves = call
+            keys, values = (torch.cat([x[trunk][:, :, :end], x[place]], 2) if leaves else x[trunk][:, :, :end] for x in (ks, vs))
+            plain = first == 0 and not leaves and not (window and end > window)
             out.append(_sdpa(own, keys, values, scaling, None if plain else self._mask(call, window), causal=plain))
         made = torch.cat(out, 2)
         return torch.zeros_like(q).index_copy(2, self.rows, made) if last else made
@@ -303,12 +306,13 @@ class Packed:
     def _mask(self, call, window) -> Tensor:
         """True where a query (row) sees a key (column)."""
         if (call, window) not in self._masks:
-            _, first, end, start, _, lengths = call
+            _, first, end, _, leaves = call
             at = lambda x: torch.tensor(x, device=self.device)
             run = lambda a, b: torch.arange(a, b, device=self.device)
-            q_pos, k_pos = (torch.cat([run(a, end), *(run(start, start + n) for n in lengths)]) for a in (first, 0))
-            q_leaf, k_leaf = (run(-1, len(lengths)).repeat_interleave(at([end - a, *lengths])) for a in (first, 0))       # -1: the trunk
-            mask = (q_leaf[:, None] == k_leaf) | ((k_leaf == -1) & (k_pos < start))
+            q_pos, k_pos = (torch.cat([run(a, end), *(run(b, b + n) for b, n in leaves)]) for a in (first, 0))
+            q_leaf, k_leaf = (run(-1, len(leaves)).repeat_interleave(at([end - a, *(n for _, n in leaves)])) for a in (first, 0))     # -1: trunk
+            branch = at([end, *(b for b, _ in leaves)])[q_leaf + 1]
+            mask = (q_leaf[:, None] == k_leaf) | ((k_leaf == -1) & (k_pos < branch[:, None]))
             mask &= k_pos <= q_pos[:, None]
             self._masks[call, window] = mask & (k_pos > q_pos[:, None] - window) if window else mask
         return self._masks[call, window]
@@ -336,7 +340,8 @@ class Scores:
 def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tuple[int, list[int]]]] | None = None,
           with_entropy: bool = False) -> Scores:
     """Log-probs of all expert actions and all leaves in ONE forward pass (module docstring). leaves[j] = [(step index, token ids)]
-    of trajectory j, in any order; Scores.leaves keeps that order. Memory: the caller chooses how many trajectories share a pass.
+    of trajectory j, in any order; Scores.leaves keeps that order. A leaf's first tokens that are the expert's are read off the trunk,
+    and equal leaves of a step are one. Memory: the caller chooses how many trajectories share a pass.
     with_entropy: entropies, differentiable (an entropy bonus wants that; over a large vocabulary it costs as much as the log-probs)."""
     use_tree_attention(model)
     leaves = leaves if leaves is not None else [[] for _ in encoded]
@@ -345,30 +350,34 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     rows: dict[str, list] = {"trunk": [], "leaf": []}                   # per action: (tokens that predict its tokens, its token ids)
     last: dict[str, list[int]] = {"state": [], "trunk": [], "leaf": []}
     for item, own in zip(encoded, leaves):
-        t0, steps, placed = len(ids), [], {}
+        t0, steps, paths = len(ids), [], {}                              # paths: (step, leaf) -> the token before it, and its own
         ids += item.ids
         positions += range(len(item.ids))
         for step, (start, end) in enumerate(item.spans):
             rows["trunk"].append((range(t0 + start - 1, t0 + end - 1), item.ids[start:end]))
             last["state"].append(t0 + start - 1)
             last["trunk"].append(t0 + end - 1)
-            mine = [j for j, (s, _) in enumerate(own) if s == step]      # the leaves of a step lie side by side
-            steps.append((start, end, tuple(len(own[j][1]) for j in mine)))
-            for j in mine:
-                leaf, a = own[j][1], len(ids)
+            branches = []
+            for leaf in dict.fromkeys(tuple(leaf) for s, leaf in own if s == step):              # those of a step lie side by side
                 assert leaf, f"empty practice action at step {step} of {item.task_id}"
-                placed[j] = ([t0 + start - 1, *range(a, a + len(leaf) - 1)], leaf, a + len(leaf) - 1)
-                ids += leaf
-                positions += range(start, start + len(leaf))
+                n, a = shared(item, step, leaf), len(ids)
+                paths[step, leaf] = [*range(t0 + start - 1, t0 + start + n), *range(a, a + len(leaf) - n)]
+                ids += leaf[n:]
+                positions += range(start + n, start + len(leaf))
+                branches += [(start + n, len(leaf) - n)] if n < len(leaf) else []
+            steps.append((start, end, tuple(branches)))
         tree.add(len(item.ids), steps)
-        rows["leaf"] += [placed[j][:2] for j in range(len(own))]
-        last["leaf"] += [placed[j][2] for j in range(len(own))]
+        rows["leaf"] += [(paths[step, tuple(leaf)][:-1], leaf) for step, leaf in own]
+        last["leaf"] += [paths[step, tuple(leaf)][-1] for step, leaf in own]
     device, at = model.device, {token: j for j, token in enumerate(tree.wanted)}
     both = rows["trunk"] + rows["leaf"]
-    select = torch.tensor([at[r] for predict, _ in both for r in predict], device=device)
-    targets = torch.tensor([t for _, tokens in both for t in tokens], device=device)
-    (hidden,), logps, *more = model.scoring(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree, select,
-                                            targets, with_entropy)
+    asked = [(at[r], t) for predict, tokens in both for r, t in zip(predict, tokens)]
+    once = {pair: j for j, pair in enumerate(dict.fromkeys(asked))}      # (row, token): what several actions ask is computed once
+    select, targets = torch.tensor(list(once), device=device).T
+    (hidden,), *found = model.scoring(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tree, select, targets,
+                                      with_entropy)
+    answers = torch.tensor([once[pair] for pair in asked], device=device)
+    logps, *more = (x.index_select(0, answers) for x in found)
     lengths = [len(tokens) for _, tokens in both]
     owner = torch.repeat_interleave(torch.arange(len(both), device=device), torch.tensor(lengths, device=device))
     sums = logps.new_zeros(len(both)).index_add(0, owner, logps)
@@ -376,6 +385,12 @@ def score(model: PreTrainedModel, encoded: list[Encoded], leaves: list[list[tupl
     ends = {name: hidden[torch.tensor([at[r] for r in index], device=device, dtype=torch.long)] for name, index in last.items()}
     entropies = (more[0][:t], more[0][t:]) if with_entropy else (None, None)
     return Scores(sums[:n], sums[n:], logps[:t], logps[t:], *entropies, lengths[:n], lengths[n:], ends["state"], ends["trunk"], ends["leaf"])
+
+
+def shared(item: Encoded, step: int, leaf: Sequence[int]) -> int:
+    """How many tokens a practice action has in common with the expert's: it branches off the trunk after them."""
+    start, end = item.spans[step]
+    return next((n for n, (a, b) in enumerate(zip(item.ids[start:end], leaf)) if a != b), min(end - start, len(leaf)))
 
 
 def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy: bool = True, rows: int = 0, most: int = 2 ** 25) -> list[Tensor]:
@@ -506,7 +521,8 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
              stop_ids: Iterable[int], generator: torch.Generator | list[torch.Generator] | None = None,
              prefill_tokens: int = 8192) -> list[list[list[list[int]]]]:
     """Eq. 5, the inspection: k practice actions for every expert step, [trajectory][step][k] token ids, the stop token kept.
-    Prefills each trunk once, several in a pass of up to prefill_tokens, then decodes all leaves of all given trajectories together.
+    Prefills each trunk once, several in a pass of up to prefill_tokens. As long as the tokens sampled are the expert's, what comes next
+    stands on the trunk already; where they part a leaf begins, and the leaves of all given trajectories are decoded together.
     temperature: one for all, or one per practice action (0 = greedy). generator: one per trajectory makes the result independent
     of packing; CPU generators. Memory: kv_bytes(..) a token, of the leaves and of the trunks, padded to the longest of them."""
     use_tree_attention(model)
@@ -516,44 +532,60 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     gens = generator if isinstance(generator, list) else [generator] * len(encoded)
     assert len(gens) == len(encoded), f"{len(gens)} generators for {len(encoded)} trajectories"
 
-    trunks, states, prefix, owner, noise = defaultdict(list), [], [], [], []
-    ends = [item.spans[-1][0] for item in encoded]                       # prefill: each trunk up to its last state
+    trunks, hiddens, noise = defaultdict(list), [], []
+    ends = [item.spans[-1][1] - 1 for item in encoded]                   # prefill: each trunk up to what predicts its last token
     for group in grouped(range(len(encoded)), lambda j: ends[j], prefill_tokens):
         tree = Packed(model, keep=True)
         for j in group:
-            tree.add(ends[j], [(start, start, ()) for start, _ in encoded[j].spans])
+            tree.add(ends[j], [(start, end - 1, ()) for start, end in encoded[j].spans])
         ids = torch.tensor([[token for j in group for token in encoded[j].ids[:ends[j]]]], device=device)
         positions = torch.tensor([[t for j in group for t in range(ends[j])]], device=device)
-        states.append(_forward(model, ids, positions, tree)[0].repeat_interleave(k, 0))          # wanted: each state's last token
+        hiddens.append(_forward(model, ids, positions, tree)[0])         # wanted: what predicts the tokens of each expert action
         for j in group:
-            starts = [start for start, _ in encoded[j].spans for _ in range(k)]
-            prefix += starts
-            owner += [j] * len(starts)
-            noise.append(torch.rand(len(starts), max_new_tokens, generator=gens[j], dtype=torch.float64))
+            noise.append(torch.rand(len(encoded[j].spans) * k, max_new_tokens, generator=gens[j], dtype=torch.float64))
         for layer, kv in tree.kept.items():
             trunks[layer] += zip(*(x[0].split([ends[j] for j in group], 1) for x in kv))
         tree.kept.clear()                                                # the cache's padded copy is to be the only one
-    hidden, noise = torch.cat(states), torch.cat(noise).to(device)
-    heat = torch.tensor(heats * (len(hidden) // k), device=device)
-    cache = LeafCache(trunks, torch.tensor(owner, device=device), torch.tensor(prefix, device=device),
-                      model.config.num_attention_heads // model.config.num_key_value_heads)
+    hidden, noise = torch.cat(hiddens), F.pad(torch.cat(noise), (0, 1)).to(device)
+    spans = [(j, item.ids[start:end - 1], start) for j, item in enumerate(encoded) for start, end in item.spans]
+    expert = torch.tensor([(a + [-1] * max_new_tokens)[:max_new_tokens] for _, a, _ in spans], device=device).repeat_interleave(k, 0)
+    sizes = torch.tensor([[j, start, len(a) + 1] for j, a, start in spans], device=device)
+    first = (sizes[:, 2].cumsum(0) - sizes[:, 2]).repeat_interleave(k)   # [R] where in `hidden` each row's state is
+    owner, start, _ = sizes.repeat_interleave(k, 0).T
+    heat = torch.tensor(heats, device=device).repeat(len(spans))
 
-    written = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.full((len(hidden),), max_new_tokens, device=device)
-    rows = torch.arange(len(hidden), device=device)                      # leaves still in the batch
-    for t in range(max_new_tokens):                                      # decode
+    # Rows are practice actions. lengths: 0 while a row writes; column max_new_tokens takes what a finished one still writes.
+    written = torch.zeros(len(first), max_new_tokens + 1, dtype=torch.long, device=device)
+    lengths, common = (torch.zeros(len(first), dtype=torch.long, device=device) for _ in range(2))
+
+    def write(rows: Tensor, hidden: Tensor, t: Tensor) -> Tensor:
+        """Token t [R] of these rows."""
         token = sample(model.lm_head(hidden), heat[rows], noise[rows, t])
         written[rows, t] = token
-        done = torch.isin(token, stops) & (lengths[rows] == max_new_tokens)
-        lengths[rows[done]] = t + 1
-        alive = lengths[rows] == max_new_tokens
-        if t == max_new_tokens - 1 or not alive.any():
+        ended = (torch.isin(token, stops) | (t == max_new_tokens - 1)) & (lengths[rows] == 0)
+        lengths[rows[ended]] = t[ended] + 1
+        return token
+
+    rows = torch.arange(len(first), device=device)
+    for t in range(max_new_tokens):                                      # follow the expert
+        common[rows] = t
+        token = write(rows, hidden[first[rows] + t], common[rows])
+        rows = rows[(token == expert[rows, t]) & (lengths[rows] == 0)]
+        if not len(rows):
             break
-        if alive.sum() < 0.8 * len(rows):                                # finished leaves go, in bulk: moving the cache costs too
-            cache.keep(alive.nonzero()[:, 0])
-            rows, token = rows[alive], token[alive]
+    rows = (lengths == 0).nonzero()[:, 0]                                # leaves still in the batch
+    if len(rows):
+        cache = LeafCache(trunks, owner[rows], (start + common)[rows], model.config.num_attention_heads // model.config.num_key_value_heads)
+    token = written[rows, common[rows]]
+    while len(rows):                                                     # decode
         hidden = _forward(model, token[:, None], (cache.prefix + cache.length)[:, None], cache)[:, 0]
         cache.length += 1
+        token = write(rows, hidden, (common[rows] + cache.length).clamp(max=max_new_tokens))
+        alive = lengths[rows] == 0
+        if alive.sum() < 0.8 * len(rows):                                # finished leaves go, in bulk: moving the cache costs too
+            if alive.any():
+                cache.keep(alive.nonzero()[:, 0])
+            rows, token = rows[alive], token[alive]
     flat = iter([row[:n] for row, n in zip(written.tolist(), lengths.tolist())])
     return [[[next(flat) for _ in range(k)] for _ in item.spans] for item in encoded]
 

@@ -69,8 +69,8 @@ from envs import env_options, load_trajectories, make_env, parse_action, prompt_
 from heads import Head, fit, two_folds
 from model import load_policy, save_policy
 from parallel import Run, program, read_text, write_tensors, write_text
-from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, practice, run_episodes, score, stable_seed,
-                     stop_ids)
+from rollout import (Encoded, InputError, Trajectory, encode, episode_figures, grouped, practice, run_episodes, score, shared,
+                     stable_seed, stop_ids)
 
 ROUNDS = {"base": 0, "sft": 0, "sft+": 3, "ppo": 7, "dpo": 1, "rft": 1, "spin": 3, "nat": 1, "eto": 3,         # method -> iterations
           "stepagent-implicit": 3, "stepagent-inverse": 7}                                                     # (the paper's peaks)
@@ -346,11 +346,15 @@ class Learner:
         mine = range(a * k, (a + len(self.data[j].spans)) * k)
         return [n for n in mine if p.kept[n]] if only_kept else list(mine)
 
+    def _placed(self, p: Practice, j: int, numbers: list[int]) -> list[tuple[int, list[int]]]:
+        """These leaves of trajectory j as (step, token ids)."""
+        return [(n // self.run.config.practice - self.first_step[j], p.leaves[n]) for n in numbers]
+
     def _score_leaves(self, p: Practice, micro: list[int], only_kept: bool, with_entropy: bool = False):
         """One forward pass. -> scores, leaf numbers [N], expert step numbers [N], and these steps' places in scores.trunk [N]."""
-        k, device = self.run.config.practice, self.run.device
+        device = self.run.device
         own = {j: self._own(p, j, only_kept) for j in micro}
-        leaves = [[(n // k - self.first_step[j], p.leaves[n]) for n in own[j]] for j in micro]
+        leaves = [self._placed(p, j, own[j]) for j in micro]
         scores = score(self.policy, [self.data[j] for j in micro], leaves, with_entropy)
         offsets = np.cumsum([0] + [len(self.data[j].spans) for j in micro]).tolist()
         place = [offsets[m] + s for m in range(len(micro)) for s, _ in leaves[m]]
@@ -434,7 +438,7 @@ class Learner:
         if not batches:
             tqdm.write(f"iteration {i}: every practice action equals the expert's; nothing to reflect on, the policy stays as it is")
         self._train(name, i, self.data, batches, loss, self._falling(i, len(batches)),
-                    lambda j: self._tokens(j, [(0, p.leaves[n]) for n in own(j)]))
+                    lambda j: self._tokens(j, self._placed(p, j, own(j))))
         self.save(f"iter_{i}/policy")
 
     def _train(self, name: str, i: int, pool: list[Encoded], batches: list[list[int]], loss_of, rate, tokens=None):
@@ -492,7 +496,9 @@ class Learner:
         return batches + [current] if current else batches
 
     def _tokens(self, j: int, leaves=()) -> int:
-        return len(self.data[j].ids) + sum(len(ids) for _, ids in leaves)
+        """Tokens of trajectory j and these leaves in a forward pass."""
+        item = self.data[j]
+        return len(item.ids) + sum(len(ids) - shared(item, step, ids) for step, ids in {(s, tuple(ids)) for s, ids in leaves})
 
     # ---- evaluation and saving
 

@@ -5,13 +5,14 @@ An estimate on paper: nothing here was timed on a GPU. An iteration = inspection
 MLP) and saving are left out. "Shared" is rollout.py: one sequence per trajectory, trunk and leaves. "Separate" is a generate loop and
 a DPO or PPO trainer: one sequence per (state, action), the expert's again in each of its K pairs; padding and logits at unscored
 positions are forgiven. T: tokens computed; pairs: (query, key) pairs that causal attention within the sliding window needs; S: scored
-positions; n steps, s_i: tokens of state i, A: of an action. Practice actions are as long as the expert's; none equals the expert's.
+positions; n steps, s_i: tokens of state i, A: of an action. Practice actions are as long as the expert's and differ from
+the first token on: the dearest case, as what they have in common is not computed again where shared, and always where separate.
 
 FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S       W weights in the layers' matrices, L layers, H heads, V vocabulary
             training = 4 x forward: forward, backward 2, recomputation 1 (checkpointing): 8 a weight and token, 6 without recomputation
             (an upper bound: torch leaves out each layer's last matrix when it recomputes, 7.5 for these models; and the last
             layer, here counted in full, computes only scored positions after its keys and values: up to 1/L less)
-            prefill  T = s_n shared; K sum_i s_i separate (decoding: nK (A - 1) tokens either way)
+            prefill  T = s_n + A - 1 shared; K sum_i s_i separate (decoding: nK (A - 1) tokens either way)
             scoring  T = s_n + A + nKA shared; separate: 2 K sum_i (s_i + A) implicit, (1 + K) sum_i (s_i + A) inverse
             reflection T = as scoring; separate and inverse: K sum_i (s_i + A). Inverse: twice.
 KV          4 L H_kv d_head bytes x (T of prefill + nK (A - 1)), for one inspection batch: whole trajectories, at most 256 leaves
@@ -133,15 +134,16 @@ def seen(start: int, n: int, window: int = 0) -> int:
 
 def loads(spans: list[tuple[int, int]], leaves: list[list[int]], window: int, shared: bool, inverse: bool) -> dict[str, np.ndarray]:
     """[tokens, pairs, scored positions] of each phase for one trajectory; leaves[i] = lengths of the practice actions of step i.
-    A leaf's first token comes from the prefill and its last is never read, so decoding computes one token less than it writes."""
+    A leaf's first token comes from the prefill and its last is never read, so decoding computes one token less than it writes. Leaves
+    have nothing in common with the expert's actions here; what they have would cost the shared trunk nothing."""
     branch = lambda start, n: np.array([n, seen(start, n, window), n])                       # n tokens after a state
     alone = lambda start, n: np.array([start, seen(0, start, window), 0]) + branch(start, n)
     flat = [(start, n) for (start, _), own in zip(spans, leaves, strict=True) for n in own]
     decode = sum(branch(start, n - 1) for start, n in flat)
     if shared:
-        last, end = spans[-1]
+        end = spans[-1][1]
         train = np.array([end, seen(0, end, window), sum(e - s for s, e in spans)]) + sum(branch(start, n) for start, n in flat)
-        return {"prefill": np.array([last, seen(0, last, window), len(flat)]), "decode": decode, "score": train, "reflect": train}
+        return {"prefill": np.array([end - 1, seen(0, end - 1, window), len(flat)]), "decode": decode, "score": train, "reflect": train}
     expert, practice = [alone(start, end - start) for start, end in spans], sum(alone(start, n) for start, n in flat)
     pairs = practice + sum(e * len(own) for e, own in zip(expert, leaves))
     return {"prefill": sum(np.array([start, seen(0, start, window), 1]) for start, _ in flat), "decode": decode,

@@ -100,7 +100,7 @@ def test_loads_are_those_of_brute_force(toy, window):
            for shared in (True, False) for inverse in (True, False)}
     for inverse in (True, False):
         assert got[True, inverse]["score"] == got[True, inverse]["reflect"] == count(tree, window) + [a + n]
-        assert got[True, inverse]["prefill"] == count(trunk[:encoded.spans[-1][0]], window) + [8]
+        assert got[True, inverse]["prefill"] == count(trunk[:encoded.spans[-1][1] - 1], window) + [8]
         assert got[False, inverse]["prefill"] == total([alone(s, 0) for s, _ in encoded.spans for _ in range(2)], window) + [8]
         assert got[True, inverse]["decode"] == got[False, inverse]["decode"]
     states = total([alone(s, 0) for (s, _), two in zip(encoded.spans, leaves) for _ in two], window)
@@ -119,7 +119,7 @@ def test_loads_are_what_score_and_practice_compute(toy):
         lambda m, args, kw: seen.update(tokens=seen["tokens"] + kw["input_ids"].numel()), with_kwargs=True)
     model.lm_head.register_forward_pre_hook(lambda m, args: seen.update(rows=seen["rows"] + args[0].shape[:-1].numel()))
     with torch.no_grad():
-        score(model, [encoded], [[(i, [1] * n) for i, two in enumerate(leaves) for n in two]])
+        score(model, [encoded], [[(i, [1 + j] * n) for i, two in enumerate(leaves) for j, n in enumerate(two)]])
     tokens, _, rows = cost.loads(encoded.spans, leaves, 0, True, False)["score"]
     assert seen == {"tokens": tokens, "rows": rows}
     seen.update(tokens=0, rows=0)
@@ -207,7 +207,7 @@ def test_memory_is_the_sum_of_its_parts():
     assert cost.memory(shape, b, 3, 8, True) == pytest.approx(
         2 * shape.parameters + 2 * (2 * shape.layer + 2 * 32000 * 4096) + moving)
     huge = cost.kv(shape, b, 3, True) / shape.kv_bytes                                       # tokens of a batch: five trajectories
-    assert huge == pytest.approx(5 * (842 + 13.4 * 88 + 14.4 * 3 * 34))
+    assert huge == pytest.approx(5 * (842 + 34 + 13.4 * 88 + 14.4 * 3 * 34))
 
 
 def test_hours_by_hand():

@@ -34,6 +34,18 @@ def example(vocab=97):
     return encoded, [[(step, tokens(n, gen, vocab)) for step, n in own] for own in lengths]
 
 
+def late_branches():
+    """The same trajectories with leaves that leave the expert's action late or never: after some tokens, at its end, behind it; some
+    stand twice, some part from one another later than from the expert."""
+    encoded, _ = example()
+    def at(j, step, n, *more):                                           # the expert's first n tokens, and then?
+        start, _ = encoded[j].spans[step]
+        return step, encoded[j].ids[start:start + n] + list(more)
+    return encoded, [[at(0, 2, 8), at(0, 0, 2, 90, 91), at(0, 2, 3, 90), at(0, 0, 4, 92, 93), at(0, 0, 2, 90, 91), at(0, 1, 1),
+                      at(0, 2, 5, 90, 91, 92), at(0, 2, 3, 90, 94), at(0, 2, 6), at(0, 0, 0, 95, 96)],
+                     [at(1, 0, 1, 90)], [at(2, 1, 6), at(2, 1, 5, 90)]]
+
+
 def close(found, expected, tol=2e-5):
     return torch.allclose(found.double(), expected.double(), atol=tol, rtol=1e-5)
 
@@ -67,11 +79,11 @@ def of_naive(model, encoded, leaves):
 # ---- score
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", [1, 3])
-def test_score_is_one_forward_pass_per_state(family, number):
+@pytest.mark.parametrize("number, made", [(1, example), (3, example), (1, late_branches), (3, late_branches)])
+def test_score_is_one_forward_pass_per_state(family, number, made):
     model = tiny.model(family)
     ordinary = copy.deepcopy(model)
-    encoded, leaves = (x[:number] for x in example())
+    encoded, leaves = (x[:number] for x in made())
     s = score(model, encoded, leaves)
     trunk, leaf = naive.expert_pairs(encoded), naive.leaf_pairs(encoded, leaves)
     assert s.trunk_lengths == [len(a) for _, a in trunk] and s.leaf_lengths == [len(a) for _, a in leaf]
@@ -122,7 +134,19 @@ def test_only_wanted_tokens_pass_the_last_layer():
     assert seen == {0: [sum(len(e.ids) for e in encoded) + sum(s.leaf_lengths)],
                     -1: [states + sum(s.trunk_lengths) + sum(s.leaf_lengths)]}
     practice(model, encoded, 2, 1.0, 1, {1}, torch.Generator())
-    assert seen[0][1:] == [sum(e.spans[-1][0] for e in encoded)] and seen[-1][1:] == [states]
+    assert seen[0][1:] == [sum(e.spans[-1][1] - 1 for e in encoded)] and seen[-1][1:] == [sum(s.trunk_lengths)]
+
+
+def test_what_leaves_share_with_the_expert_is_not_computed_again():
+    model, (encoded, leaves), seen = tiny.model(), late_branches(), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    s = score(model, encoded, leaves)
+    new = {(j, step, tuple(leaf[rollout.shared(e, step, leaf):])) for j, (e, own) in enumerate(zip(encoded, leaves)) for step, leaf in own}
+    asked = {(tuple(state + action[:t]), action[t]) for state, action in naive.expert_pairs(encoded) + naive.leaf_pairs(encoded, leaves)
+             for t in range(len(action))}
+    assert seen == [sum(len(e.ids) for e in encoded) + sum(len(own) for _, _, own in new), len(asked)]
+    assert sum(s.leaf_lengths) > 2 * sum(len(own) for _, _, own in new)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,8 +178,9 @@ def test_a_leaf_equal_to_the_expert_action_scores_the_same():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_nothing(family):
-    model, (encoded, leaves) = tiny.model(family).train(), example()
+@pytest.mark.parametrize("made", [example, late_branches])
+def test_gradient_checkpointing_changes_nothing(family, made):
+    model, (encoded, leaves) = tiny.model(family).train(), made()
     calls = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
     s = score(model, encoded, leaves)
@@ -263,6 +288,25 @@ def test_greedy_practice_is_greedy_decoding_of_every_state(family, number, produ
     assert len(lengths) > 1                                              # rows left the batch at different times
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_practice_does_not_depend_on_what_the_expert_does(family, temperature):
+    """One state, many experts: who does what practice will say, who does it for a while, who goes on behind its end, who stops at once."""
+    model, gen = tiny.model(family), torch.Generator().manual_seed(4)
+    ordinary = copy.deepcopy(model)
+    state, gens = tokens(15, gen), lambda n: [torch.Generator().manual_seed(0) for _ in range(n)]
+    with_expert = lambda *actions: [Encoded(state + a, [(15, 15 + len(a))]) for a in actions]
+    [[drawn]] = practice(model, with_expert([96]), 5, temperature, 12, {1, 2, 3}, gens(1))
+    assert temperature or drawn[0] == naive.greedy(ordinary, state, 12, {1, 2, 3})
+    others = [own[:n] + rest for own in drawn for n in (1, len(own) // 2, len(own) - 1, len(own)) for rest in ([], [96], [96] * 9)]
+    passes = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[0]))
+    assert practice(model, with_expert(*filter(None, others)), 5, temperature, 12, {1, 2, 3}, gens(len(others))) == [[drawn]] * len(others)
+    passes.clear()
+    assert practice(model, with_expert(drawn[0]), 1, temperature, 12, {1, 2, 3}, gens(1)) == [[drawn[:1]]]
+    assert passes == [1]                                                 # the prefill alone
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_long_practice_outgrows_its_first_buffer(family):
     model = tiny.model(family)
@@ -301,12 +345,12 @@ def test_sampling_does_not_depend_on_packing():
     assert len({tuple(ids) for ids in together[0][0]}) > 1               # the K actions of a state differ
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_actions_have_the_policy_distribution(temperature):
+@pytest.mark.parametrize("temperature, expert", [(1.0, [2]), (0.6, [2]), (1.0, [1, 5]), (0.6, [1, 5])])
+def test_sampled_actions_have_the_policy_distribution(temperature, expert):
     """Chi-square over all actions of at most two tokens from a vocabulary of six; 59.7 is the 99.9% quantile for 30 degrees."""
     model, stop, n = tiny.model(vocab=6), 5, 6000
     ordinary, state = copy.deepcopy(model), [3, 1, 4, 1]
-    [[drawn]] = practice(model, [Encoded(state + [2], [(4, 5)])], n, temperature, 2, {stop}, torch.Generator().manual_seed(0))
+    [[drawn]] = practice(model, [Encoded(state + expert, [(4, 4 + len(expert))])], n, temperature, 2, {stop}, torch.Generator().manual_seed(0))
     with torch.no_grad():
         p = lambda ids: torch.softmax(naive.logits(ordinary, ids)[-1] / temperature, -1).tolist()
         first = p(state)
