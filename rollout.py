@@ -570,7 +570,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     for t in range(max_new_tokens):                                      # follow the expert
         common[rows] = t
         token = write(rows, hidden[first[rows] + t], common[rows])
-        rows = rows[(token == expert[rows, t]) & (lengths[rows] == 0)]
+        rows = rows[token == expert[rows, t]]
         if not len(rows):
             break
     rows = (lengths == 0).nonzero()[:, 0]                                # leaves still in the batch
