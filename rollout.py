@@ -516,6 +516,24 @@ def _products(q, k, v, scaling, mask=None):
     return scores.softmax(-1).to(v.dtype) @ v, scores
 
 
+def _prefill(model: PreTrainedModel, encoded: list[Encoded], most: int) -> tuple[dict[int, list[tuple[Tensor, Tensor]]], Tensor]:
+    """-> keys and values of each trunk, layer by layer, [H_kv, L, D], and the hidden states that predict each token of each expert
+    action [.., d], in order. Several trunks share a pass of at most `most` tokens."""
+    trunks, hidden = defaultdict(list), []
+    ends = [item.spans[-1][1] - 1 for item in encoded]                   # nothing is predicted from the last action's last token
+    for group in grouped(range(len(encoded)), lambda j: ends[j], most):
+        tree = Packed(model, keep=True)
+        for j in group:
+            tree.add(ends[j], [(start, end - 1, ()) for start, end in encoded[j].spans])
+        ids = torch.tensor([[token for j in group for token in encoded[j].ids[:ends[j]]]], device=model.device)
+        positions = torch.tensor([[t for j in group for t in range(ends[j])]], device=model.device)
+        hidden.append(_forward(model, ids, positions, tree)[0])
+        for layer, kv in tree.kept.items():
+            trunks[layer] += zip(*(x[0].split([ends[j] for j in group], 1) for x in kv))
+        tree.kept.clear()                                                # the cache's padded copy is to be the only one
+    return trunks, torch.cat(hidden)
+
+
 @torch.no_grad()
 def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature: float | Sequence[float], max_new_tokens: int,
              stop_ids: Iterable[int], generator: torch.Generator | list[torch.Generator] | None = None,
@@ -532,21 +550,9 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     gens = generator if isinstance(generator, list) else [generator] * len(encoded)
     assert len(gens) == len(encoded), f"{len(gens)} generators for {len(encoded)} trajectories"
 
-    trunks, hiddens, noise = defaultdict(list), [], []
-    ends = [item.spans[-1][1] - 1 for item in encoded]                   # prefill: each trunk up to what predicts its last token
-    for group in grouped(range(len(encoded)), lambda j: ends[j], prefill_tokens):
-        tree = Packed(model, keep=True)
-        for j in group:
-            tree.add(ends[j], [(start, end - 1, ()) for start, end in encoded[j].spans])
-        ids = torch.tensor([[token for j in group for token in encoded[j].ids[:ends[j]]]], device=device)
-        positions = torch.tensor([[t for j in group for t in range(ends[j])]], device=device)
-        hiddens.append(_forward(model, ids, positions, tree)[0])         # wanted: what predicts the tokens of each expert action
-        for j in group:
-            noise.append(torch.rand(len(encoded[j].spans) * k, max_new_tokens, generator=gens[j], dtype=torch.float64))
-        for layer, kv in tree.kept.items():
-            trunks[layer] += zip(*(x[0].split([ends[j] for j in group], 1) for x in kv))
-        tree.kept.clear()                                                # the cache's padded copy is to be the only one
-    hidden, noise = torch.cat(hiddens), F.pad(torch.cat(noise), (0, 1)).to(device)
+    trunks, hidden = _prefill(model, encoded, prefill_tokens)
+    noise = [torch.rand(len(item.spans) * k, max_new_tokens, generator=gen, dtype=torch.float64) for item, gen in zip(encoded, gens)]
+    noise = F.pad(torch.cat(noise), (0, 1)).to(device)
     spans = [(j, item.ids[start:end - 1], start) for j, item in enumerate(encoded) for start, end in item.spans]
     expert = torch.tensor([(a + [-1] * max_new_tokens)[:max_new_tokens] for _, a, _ in spans], device=device).repeat_interleave(k, 0)
     sizes = torch.tensor([[j, start, len(a) + 1] for j, a, start in spans], device=device)
