@@ -541,6 +541,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     """Eq. 5, the inspection: k practice actions for every expert step, [trajectory][step][k] token ids, the stop token kept.
     Prefills each trunk once, several in a pass of up to prefill_tokens. As long as the tokens sampled are the expert's, what comes next
     stands on the trunk already; where they part a leaf begins, and the leaves of all given trajectories are decoded together.
+    An action ends with a stop token, after max_new_tokens, or where the model's context does.
     temperature: one for all, or one per practice action (0 = greedy). generator: one per trajectory makes the result independent
     of packing; CPU generators. Memory: kv_bytes(..) a token, of the leaves and of the trunks, padded to the longest of them."""
     use_tree_attention(model)
@@ -559,6 +560,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
     first = (sizes[:, 2].cumsum(0) - sizes[:, 2]).repeat_interleave(k)   # [R] where in `hidden` each row's state is
     owner, start, _ = sizes.repeat_interleave(k, 0).T
     heat = torch.tensor(heats, device=device).repeat(len(spans))
+    room = (model.config.max_position_embeddings - start).clamp(1, max_new_tokens)       # of each action, within the context
 
     # Rows are practice actions. lengths: 0 while a row writes; column max_new_tokens takes what a finished one still writes.
     written = torch.zeros(len(first), max_new_tokens + 1, dtype=torch.long, device=device)
@@ -568,7 +570,7 @@ def practice(model: PreTrainedModel, encoded: list[Encoded], k: int, temperature
         """Token t [R] of these rows."""
         token = sample(model.lm_head(hidden), heat[rows], noise[rows, t])
         written[rows, t] = token
-        ended = (torch.isin(token, stops) | (t == max_new_tokens - 1)) & (lengths[rows] == 0)
+        ended = (torch.isin(token, stops) | (t == room[rows] - 1)) & (lengths[rows] == 0)
         lengths[rows[ended]] = t[ended] + 1
         return token
 

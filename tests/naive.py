@@ -2,7 +2,7 @@
 token without a cache, episodes recomputed from scratch at every turn. The models here are copies made with eager attention."""
 import torch
 
-from rollout import Encoded, Step, Trajectory, action_ids, encode, prompt_ids, state_ids, stop_ids
+from rollout import Encoded, Step, Trajectory, action_ids, encode, prompt_ids, sample, state_ids, stop_ids
 
 
 def logits(model, ids):
@@ -43,6 +43,16 @@ def greedy(model, state, limit, stops):
     action = []
     while len(action) < limit and (not action or action[-1] not in stops):
         action.append(logits(model, state + action)[-1].argmax().item())
+    return action
+
+
+@torch.no_grad()
+def sampled(model, state, temperature, stops, noise):
+    """An action of at most as many tokens as there are random numbers, each token by its own."""
+    action = []
+    while len(action) < len(noise) and (not action or action[-1] not in stops):
+        last = logits(model, state + action)[-1:]
+        action.append(sample(last, torch.tensor([float(temperature)]), noise[len(action)][None]).item())
     return action
 
 

@@ -18,6 +18,7 @@ import naive
 import stepagent as S
 import test_mind2web
 import test_qa
+import test_rollout
 import tiny
 from model import make_tiny
 from rollout import Encoded, InputError, Step, Trajectory, encode, episode_figures, score
@@ -385,7 +386,19 @@ def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, mon
     differ = torch.tensor([a != b for a, b in zip(p.leaves[::2], p.leaves[1::2])])
     assert (first - second)[differ].mean() > 0.05
     rows = metrics(out, "inverse")
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-8)
     assert rows[0]["ratio"] == pytest.approx(1, abs=1e-5) and rows[0]["clip_share"] == 0 and rows[-1]["ratio"] != rows[0]["ratio"]
+
+
+def test_accounted_tokens_are_those_that_a_forward_pass_takes():
+    model, (encoded, leaves), seen = tiny.model(), test_rollout.late_branches(), []
+    model.model.register_forward_pre_hook(lambda _, args, more: seen.append(more["input_ids"].numel()), with_kwargs=True)
+    learner = S.Learner.__new__(S.Learner)
+    learner.data = encoded
+    for j in range(3):
+        score(model, [encoded[j]], [leaves[j]])
+        assert learner._tokens(j, leaves[j]) == seen[-1]
+    assert seen[0] < len(encoded[0].ids) + sum(len(ids) for _, ids in leaves[0])               # what is shared is not counted
 
 
 def test_sft_plus_takes_the_updates_of_the_run_it_is_matched_to(tmp_path, monkeypatch):
