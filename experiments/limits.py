@@ -64,7 +64,7 @@ def shares(model, shape: Shape, k: int, dtype: torch.dtype, peak: float, stream:
             return work()
     with torch.no_grad():
         known = autocast(lambda: score(model, [encoded], [leaves]))
-    train = timed(lambda: autocast(lambda: our_update(model, encoded, leaves, optimizer, known)), repetitions)["cpu"]
+    train = timed(lambda: autocast(lambda: our_update(model, [encoded], [leaves], optimizer, known)), repetitions)["cpu"]
     hook = model.model.register_forward_hook(lambda *_: stamps.append(time.process_time()))
     autocast(lambda: inspect(model, encoded, k, shape.action))
     hook.remove()
