@@ -402,9 +402,36 @@ def test_sample_inverts_the_distribution_function():
     assert sample(logits[:4], torch.full((4,), 0.5), torch.tensor([3.9, 4.1, 12.9, 13.1]).double() / 38).tolist() == [0, 1, 1, 2]
 
 
+@pytest.mark.parametrize("size", [127, 128, 129, 1000, 8192])
+def test_sampling_block_by_block_inverts_the_whole_distribution_function(size):
+    """In each block and at its borders; rounding (float32 sums of a block, float64 here) may move a border by 1e-6."""
+    gen = torch.Generator().manual_seed(size)
+    logits, heat = 3 * torch.randn(7, size, generator=gen), torch.tensor([0.3, 0.5, 1.0, 1.0, 1.0, 2.0, 9.0])
+    cdf = torch.softmax(logits.double() / heat[:, None], -1).cumsum(-1)
+    border = torch.cat([torch.zeros(7, 1), cdf[:, :-1]], 1)
+    middle = (border + cdf) / 2
+    for token in {*range(0, size, 97), *range(127, size, 128), *range(0, size, 128), size - 1}:
+        wide = cdf[:, token] - border[:, token] > 4e-6
+        drawn = torch.stack([sample(logits, heat, u.clamp(max=1 - 1e-16)) for u in
+                             (border[:, token] + 1e-6, middle[:, token], cdf[:, token] - 1e-6)])
+        assert (drawn[:, wide] == token).all()
+    many = torch.rand(500, 7, dtype=torch.float64, generator=gen)
+    drawn = torch.stack([sample(logits, heat, u) for u in many], 1)
+    assert (many.T < cdf.gather(1, drawn) + 1e-6).all() and (many.T > border.gather(1, drawn) - 1e-6).all()
+    assert torch.equal(drawn[2:3, :50], torch.stack([sample(logits[2:3], heat[2:3], u[2:3]) for u in many[:50]], 1))       # alone, the same
+
+
 def test_impossible_tokens_are_never_sampled():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(3, 5)
     assert sample(logits, torch.ones(3), torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+    logits = torch.full((50, 1000), -torch.inf)                          # blocks without any, possible ones before the end of a block
+    logits[:, 260:300] = torch.randn(50, 40)
+    logits[:, 390:400] = torch.randn(50, 10)
+    p = logits.softmax(-1).double()
+    border = (p[:, :300].sum(-1) / p.sum(-1))[:, None] + torch.linspace(-2e-7, 2e-7, 400, dtype=torch.float64)
+    us = torch.cat([border, (1 - torch.logspace(-16, -6, 200, dtype=torch.float64)).expand(50, -1)], 1)
+    drawn = torch.stack([sample(logits, torch.ones(50), u) for u in us.T], 1)
+    assert (p.gather(1, drawn) > 0).all()
 
 
 # ---- episodes
