@@ -408,28 +408,28 @@ def _head(model: PreTrainedModel, hidden: Tensor, targets: Tensor, with_entropy:
 
 # ----------------------------------------------------------------------------------------------------------------- inspection
 
-def sample(logits: Tensor, temperature: Tensor, u: Tensor, block: int = 128) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     """One token a row. logits [R, V]; temperature [R], 0 = greedy; u [R] uniform in [0, 1), the row's own random number: inverting
     the distribution function with it makes the token independent of what else is in the batch. -> [R]
-    First the block of tokens is found, then the token in it: running sums in float64 over a whole vocabulary cost more than the softmax."""
+    First the block of 128 tokens is found, then the token in it: running sums in float64 over a whole vocabulary cost more than the softmax."""
     logits = logits.float()
     if not (temperature > 0).any():
         return logits.argmax(-1)
     heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
     p = torch.softmax(logits / heat, -1)
-    p = F.pad(p, (0, -p.shape[1] % block)).unflatten(1, (-1, block))                           # [R, blocks, block]
+    p = F.pad(p, (0, -p.shape[1] % 128)).unflatten(1, (-1, 128))                               # [R, blocks, 128]
     mass = p.sum(-1).double()
     cdf = mass.cumsum(-1)
     x = u[:, None] * cdf[:, -1:]
     i = _inverse(cdf, x)
     own = _inverse(p[torch.arange(len(p), device=p.device), i[:, 0]].double().cumsum(-1), x - (cdf - mass).gather(1, i))
-    drawn = (i * block + own)[:, 0]
+    drawn = (i * 128 + own)[:, 0]
     return drawn if (temperature > 0).all() else torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 def _inverse(cdf: Tensor, x: Tensor) -> Tensor:
-    """The first index at which cdf [R, n] exceeds x [R, 1], which rounding may have lifted to its end. -> [R, 1]"""
-    x = torch.minimum(x, torch.nextafter(cdf[:, -1:], torch.zeros_like(x)))
+    """The first index at which cdf [R, n] exceeds x [R, 1], which rounding may have moved below 0 or to the end. -> [R, 1]"""
+    x = torch.minimum(x.clamp(min=0), torch.nextafter(cdf[:, -1:], torch.zeros_like(x)))
     return torch.searchsorted(cdf, x, right=True).clamp(max=cdf.shape[1] - 1)                  # nan finds nothing
 
 

@@ -4,6 +4,7 @@ weights and data, each peer at the best setting found here, medians of CPU and w
     pip install -r requirements.txt -r experiments/requirements.txt
     python experiments/bench.py                       # everything: tables in experiments/results/bench.md, figures in bench.json
     python experiments/bench.py --only dpo inspect    # some parts; what the other parts measured stays in bench.json
+    python experiments/bench.py --only trained        # the main job's policy after SFT, which is trained first, into runs/bench-sft
     python experiments/bench.py --quick               # small shapes, one repetition, into runs/bench-quick: does it run at all?
 
 A speed-up is the peer's seconds over ours. The token ratio beside it is what the peer pushes through its models over what we push, padding

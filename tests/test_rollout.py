@@ -424,14 +424,16 @@ def test_sampling_block_by_block_inverts_the_whole_distribution_function(size):
 def test_impossible_tokens_are_never_sampled():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(3, 5)
     assert sample(logits, torch.ones(3), torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
-    logits = torch.full((50, 1000), -torch.inf)                          # blocks without any, possible ones before the end of a block
-    logits[:, 260:300] = torch.randn(50, 40)
-    logits[:, 390:400] = torch.randn(50, 10)
+    gen, logits = torch.Generator().manual_seed(0), torch.full((50, 1000), -torch.inf)         # blocks without any, possible ones before the end of a block
+    logits[:, 260:300] = torch.randn(50, 40, generator=gen)
+    logits[:, 390:400] = torch.randn(50, 10, generator=gen)
     p = logits.softmax(-1).double()
     border = (p[:, :300].sum(-1) / p.sum(-1))[:, None] + torch.linspace(-2e-7, 2e-7, 400, dtype=torch.float64)
     us = torch.cat([border, (1 - torch.logspace(-16, -6, 200, dtype=torch.float64)).expand(50, -1)], 1)
     drawn = torch.stack([sample(logits, torch.ones(50), u) for u in us.T], 1)
     assert (p.gather(1, drawn) > 0).all()
+    cdf, ends = torch.tensor([[0.0, 0.5, 0.5, 1.0, 1.0]]).double(), [-1e-17, 0.0, 0.5, 1.0, 1 + 1e-15]         # rounding on both sides
+    assert [rollout._inverse(cdf, torch.tensor([[x]]).double()).item() for x in ends] == [1, 1, 3, 3, 3]
 
 
 # ---- episodes
