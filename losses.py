@@ -1,12 +1,15 @@
 """Losses of StepAgent as pure functions of tensors: no model, no I/O, no collectives.
 
-Shapes: B rows, T tokens, N actions, V vocabulary. An action's log-prob is the sum over its tokens, in nats, fp32. Equations are
-those of "From Novice to Expert" (WWW '25); its eq. numbers stand on the line that implements them.
+Shapes: B rows, T tokens, N actions, V vocabulary. An action's log-prob is the sum over its tokens,
+in nats, fp32. Equation numbers are those of "From Novice to Expert" (WWW '25) and stand on the line
+that implements them.
 
-Every loss returns (loss, info). `count` is the denominator (default: the local number), so that micro-batches and ranks that all
-divide by the global number add up to the loss of the whole batch; the figures in `info` are divided by the same number and add up
-in the same way. An empty input gives 0 with a graph.
+Every loss returns (loss, info). `count` is the denominator (default: the local number), so that
+micro-batches and ranks that all divide by the global number add up to the loss of the whole batch.
+The figures in `info` are divided by the same number and add up in the same way. An empty input
+gives 0 with a graph.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,81 +22,135 @@ Info = dict[str, Tensor]
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     """log pi(id) of each token. [.., V], [..] -> [..], fp32."""
-    return torch.log_softmax(_wide(logits), -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    logps = torch.log_softmax(_wide(logits), -1)
+    return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Exact entropy of each token's distribution, in nats. [.., V] -> [..], fp32."""
-    logp = torch.log_softmax(_wide(logits), -1)
-    return -(logp.exp() * logp).sum(-1)
+    logps = torch.log_softmax(_wide(logits), -1)
+    return -(logps.exp() * logps).sum(-1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(values: Tensor) -> Tensor:
     """fp32 (fp64 stays, for tests)."""
-    return x if x.dtype == torch.float64 else x.float()
+    return values if values.dtype == torch.float64 else values.float()
 
 
-def _mean(x: Tensor, count: float | None, mask: Tensor | None = None) -> Tensor:
-    """Sum of x where mask holds, over count. Masked-out values may be anything, even nan."""
+def _mean(values: Tensor, count: float | None, mask: Tensor | None = None) -> Tensor:
+    """Sum of the values where mask holds, over count. Masked-out values may be anything."""
+    size = values.numel()
     if mask is not None:
-        x = torch.where(mask.bool(), x, 0.0)
-    return x.sum() / max(count if count is not None else (x.numel() if mask is None else int(mask.sum())), 1)
+        values = torch.where(mask.bool(), values, 0.0)
+        size = int(mask.sum())
+    return values.sum() / max(size if count is None else count, 1)
 
 
 def sft_loss(logps: Tensor, mask: Tensor, count: float | None = None) -> tuple[Tensor, Info]:
-    """Eq. 2-3: mean negative log-prob of the action tokens (eq. 2 with the log that eq. 3 has). logps, mask [..]."""
-    loss = -_mean(logps, count, mask)
+    """Eq. 2-3: mean negative log-prob of the action tokens. logps, mask [..].
+
+    Eq. 2 lacks the log that eq. 3 has.
+    """
+    loss = -_mean(logps, count, mask)  # eq. 2-3
     return loss, {"nll": loss.detach()}
 
 
-def dpo_loss(logp_expert: Tensor, logp_agent: Tensor, ref_logp_expert: Tensor, ref_logp_agent: Tensor, beta: float,
-             count: float | None = None) -> tuple[Tensor, Info]:
-    """Eq. 6, step-wise DPO: the expert's action chosen, the agent's practice action in the same state rejected. All [N]."""
-    chosen, rejected = beta * (logp_expert - ref_logp_expert), beta * (logp_agent - ref_logp_agent)
+def dpo_loss(
+    logp_expert: Tensor,
+    logp_agent: Tensor,
+    ref_logp_expert: Tensor,
+    ref_logp_agent: Tensor,
+    beta: float,
+    count: float | None = None,
+) -> tuple[Tensor, Info]:
+    """Eq. 6, step-wise DPO: in the same state, expert action chosen, practice action rejected.
+
+    All [N]: log-probs of the two actions under the policy and under the reference.
+    """
+    chosen = beta * (logp_expert - ref_logp_expert)
+    rejected = beta * (logp_agent - ref_logp_agent)
     margin = chosen - rejected
-    loss = _mean(-F.logsigmoid(margin), count)                                     # eq. 6
-    figures = {"margin": margin, "accuracy": (margin > 0).float(), "chosen_reward": chosen, "rejected_reward": rejected,
-               "logp_chosen": logp_expert, "logp_rejected": logp_agent}
-    return loss, {name: _mean(x.detach(), count) for name, x in figures.items()} | {"dpo_loss": loss.detach()}
+    loss = _mean(-F.logsigmoid(margin), count)  # eq. 6
+    info = {
+        "dpo_loss": loss,
+        "margin": _mean(margin, count),
+        "accuracy": _mean((margin > 0).float(), count),
+        "chosen_reward": _mean(chosen, count),
+        "rejected_reward": _mean(rejected, count),
+        "logp_chosen": _mean(logp_expert, count),
+        "logp_rejected": _mean(logp_agent, count),
+    }
+    return loss, {name: figure.detach() for name, figure in info.items()}
 
 
 def discriminator_loss(logit_expert: Tensor, logit_agent: Tensor) -> tuple[Tensor, Info]:
-    """Eq. 11 with D = P(expert), so that it is bounded: -E_expert[log D] - E_agent[log(1 - D)]. [N], [M] logits of D."""
-    loss = _mean(-F.logsigmoid(logit_expert), None) + _mean(-F.logsigmoid(-logit_agent), None)
+    """Eq. 11 with D = P(expert), so that it is bounded. [N], [M] logits of D.
+
+    -E_expert[log D] - E_agent[log(1 - D)]
+    """
+    expert_term = _mean(-F.logsigmoid(logit_expert), None)
+    agent_term = _mean(-F.logsigmoid(-logit_agent), None)
+    loss = expert_term + agent_term  # eq. 11
     return loss, {"d_loss": loss.detach()}
 
 
 def step_reward(logit: Tensor, floor: float = -5.0) -> Tensor:
-    """log D of Algorithm 1, line 12: rises with expert-likeness, 0 at best, never below `floor` nats. [..] -> [..]."""
+    """log D of Algorithm 1, line 12. [..] -> [..].
+
+    Rises with expert-likeness, 0 at best, never below `floor` nats.
+    """
     return F.logsigmoid(logit).clamp(min=floor)
 
 
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float, last_value: float = 0.0) -> Tensor:
-    """Generalised advantage estimates of one episode, [n], [n] -> [n]; last_value: V of the state after a truncated end."""
-    advantages, following, next_value = torch.zeros_like(values), 0.0, last_value
+def gae(
+    rewards: Tensor, values: Tensor, gamma: float, lam: float, last_value: float = 0.0
+) -> Tensor:
+    """Generalised advantage estimates of one episode. [n], [n] -> [n].
+
+    last_value: V of the state after a truncated end.
+    """
+    advantages = torch.zeros_like(values)
+    following = 0.0
+    next_value = last_value
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_value - values[t]
         following = delta + gamma * lam * following
-        advantages[t], next_value = following, values[t]
+        advantages[t] = following
+        next_value = values[t]
     return advantages
 
 
-def whiten(x: Tensor) -> Tensor:
-    """Zero mean, unit variance (population); a constant x becomes 0, whatever rounding leaves of its spread."""
-    if not x.numel() or (std := x.std(unbiased=False)) <= 1e-6 * x.abs().max():
-        return torch.zeros_like(x)
-    return (x - x.mean()) / std
+def whiten(values: Tensor) -> Tensor:
+    """Zero mean, unit variance (population); constant values become 0, whatever rounding leaves."""
+    if values.numel() == 0:
+        return torch.zeros_like(values)
+    std = values.std(unbiased=False)
+    if std <= 1e-6 * values.abs().max():
+        return torch.zeros_like(values)
+    return (values - values.mean()) / std
 
 
-def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float,
-             count: float | None = None) -> tuple[Tensor, Info]:
-    """Clipped PPO, ratio and clip per token; all [B, T], the action's advantage on each of its tokens."""
-    log_ratio = torch.where(mask.bool(), logps - old_logps, 0.0)                   # padding must not reach exp
+def ppo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    count: float | None = None,
+) -> tuple[Tensor, Info]:
+    """Clipped PPO, ratio and clip per token. All [B, T], the action's advantage on its tokens."""
+    # Padding must not reach exp.
+    log_ratio = torch.where(mask.bool(), logps - old_logps, 0.0)
     ratio = log_ratio.exp()
-    loss = -_mean(torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), count, mask)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    loss = -_mean(torch.min(ratio * advantages, clipped * advantages), count, mask)
     outside = (ratio.detach() - 1).abs() > clip
-    return loss, {"ppo_loss": loss.detach(), "ratio": _mean(ratio.detach(), count, mask),
-                  "clip_share": _mean(outside.float(), count, mask)}
+    info = {
+        "ppo_loss": loss.detach(),
+        "ratio": _mean(ratio.detach(), count, mask),
+        "clip_share": _mean(outside.float(), count, mask),
+    }
+    return loss, info
 
 
 def value_loss(values: Tensor, returns: Tensor, count: float | None = None) -> tuple[Tensor, Info]:
@@ -103,32 +160,54 @@ def value_loss(values: Tensor, returns: Tensor, count: float | None = None) -> t
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || ref) for each token sampled from pi; never negative. [..], [..] -> [..].
-    On practice tokens, sampled from ref itself, it is exact in mean only while pi is still near ref."""
+    """Schulman's k3 estimate of KL(pi || ref) per token sampled from pi. [..], [..] -> [..].
+
+    Never negative. On practice tokens, which were sampled from ref itself, it is exact in mean only
+    while pi is still near ref.
+    """
     log_ratio = ref_logps - logps
     return log_ratio.exp() - 1 - log_ratio
 
 
-# ---------------------------------------------------------------------------------------------------------- figures for the log
+def add_up(parts: list[tuple[Tensor, Info]]) -> tuple[Tensor, Info]:
+    """The sum of (loss, info) pairs that share one denominator."""
+    loss = sum(part for part, _ in parts)
+    info = {name: sum(figures[name] for _, figures in parts) for name in parts[0][1]}
+    return loss, info
+
+
+# ------------------------------------------------------------------------------ figures for the log
+
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> float:
-    """P(a positive scores above a negative), ties half: the AUC of D's logits, expert against agent."""
-    values, inverse, counts = torch.cat([positive, negative]).unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse[:len(positive)]]          # mean rank, from 1, of each positive
+    """P(a positive scores above a negative), ties half: the AUC of D's logits."""
+    both = torch.cat([positive, negative])
+    _, inverse, counts = both.unique(return_inverse=True, return_counts=True)
+    # The mean rank, from 1, of all values that are equal.
+    mean_rank = counts.cumsum(0) - (counts - 1) / 2
+    rank_sum = mean_rank[inverse[: len(positive)]].sum()
     n = len(positive)
-    return ((rank.sum() - n * (n + 1) / 2) / (n * len(negative))).item()
+    return ((rank_sum - n * (n + 1) / 2) / (n * len(negative))).item()
 
 
 def reward_gap(reward: Tensor, equal: Tensor) -> dict[str, float]:
-    """Mean reward of practice actions with the expert's text minus that of the others, over the states that have both; nothing where
-    no state has. [S, K] each. With K > 1 PPO compares a state's actions: where this is not above 0, reward does not lead to the expert."""
+    """Mean reward of practice actions with the expert's text minus that of the others.
+
+    [S, K] each. Over the states that have both kinds; empty where no state has. With K > 1, PPO
+    compares the actions of a state: unless this is above 0, reward does not lead to the expert.
+    """
     mixed = equal.any(1) & ~equal.all(1)
-    mean = lambda mask: (reward * mask).sum(1)[mixed] / mask.sum(1)[mixed]
-    return {"log_d_gap": (mean(equal) - mean(~equal)).mean().item()} if mixed.any() else {}
+    if not mixed.any():
+        return {}
+    reward, equal = reward[mixed], equal[mixed]
+    mean_equal = (reward * equal).sum(1) / equal.sum(1)
+    mean_other = (reward * ~equal).sum(1) / (~equal).sum(1)
+    return {"log_d_gap": (mean_equal - mean_other).mean().item()}
 
 
 def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
     """95% percentile interval of the mean, over tasks."""
-    x = np.asarray(values, dtype=float)
-    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
-    return [float(q) for q in np.percentile(means, [2.5, 97.5])]
+    values = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return [float(low), float(high)]

@@ -1,182 +1,269 @@
-"""One table of finished runs, with task-paired differences: python experiments/compare.py LABEL=RUN[,RUN...] ... [--to LABEL]
+"""Finished runs in one table, compared task by task.
 
-A run is a run directory, or the file of a few kB that `keep` makes of one: each episode's reward, and figures by phase and iteration.
-Several runs of a label are its seeds, in the same order for every label. Intervals are 95% percentile bootstraps over tasks (and
-seeds, where there are several); a difference is taken task by task within a seed, so that what both share drops out.
+    python experiments/compare.py LABEL=RUN[,RUN...] ... [--to LABEL] [--out FILE]
+
+Prints success, the difference to SFT and minutes; --out FILE gets the full table.
+A run is a run directory, or what reproduce.py keeps of one. Several runs of a label are its seeds,
+in the same order for every label. Intervals are 95% percentile bootstraps over tasks (and over
+seeds, where there are several). A difference is taken task by task within a seed.
 """
+
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
 import sys
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+FORMATS = {
+    "paper": "",
+    "updates": ".0f",
+    "million tokens": ".2f",
+    "sampled, thousand": ".0f",
+    "minutes": ".1f",
+}
 
-def rows(path: Path) -> list[dict]:
+
+def read(path: Path) -> str:
     if not path.exists():
         sys.exit(f"error: {path} is missing; let the run finish first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return path.read_text(encoding="utf-8")
 
 
-@lru_cache(maxsize=None)
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in read(path).split("\n")[:-1]]
+
+
+@cache
 def load(run: str) -> dict:
-    """{"seed", "metrics": rows, "eval": {"final_test": {"tasks": which, in short, "rewards": in the order of their names}, ..}}"""
+    """{"seed", "metrics": rows, "eval": {"final_test": {"tasks", "rewards"}, ...}}
+
+    tasks is a hash of the tasks' names; rewards stand in the order of the names.
+    """
     if run.endswith(".json"):
-        return json.loads(Path(run).read_text(encoding="utf-8"))
-    played = {path.stem: sorted(rows(path), key=lambda r: r["task_id"]) for path in sorted(Path(run, "eval").glob("*.jsonl"))}
-    which = lambda episodes: hashlib.sha1("\n".join(r["task_id"] for r in episodes).encode()).hexdigest()[:12]
-    return {"seed": json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]["seed"], "metrics": rows(Path(run, "metrics.jsonl")),
-            "eval": {name: {"tasks": which(episodes), "rewards": [r["reward"] for r in episodes]} for name, episodes in played.items()}}
-
-
-def keep(run: str, file: Path) -> None:
-    """The run without its episodes' texts, and its updates as one line for each phase and iteration: their number, sums of tokens and seconds,
-    means of the rest."""
-    whole, groups, lines = load(run), {}, []
-    for r in whole["metrics"]:
-        if "grad_norm" not in r:
-            lines.append(r)
-            continue
-        key = (r["phase"], r["iteration"])
-        if key not in groups:
-            groups[key] = []
-            lines.append(groups[key])
-        groups[key].append(r)
-    total = lambda group, k: sum(r[k] for r in group) / (1 if k in ("tokens", "seconds", "trajectories") else len(group))
-    lines = [x if isinstance(x, dict) else {"phase": x[0]["phase"], "iteration": x[0]["iteration"], "updates": len(x)} | {
-        k: total(x, k) for k in x[0] if k not in ("phase", "iteration", "step", "time")} for x in lines]
-    lines = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in r.items() if k not in ("time", "by_type")} for r in lines]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(whole | {"metrics": lines}, separators=(",", ":")) + "\n", encoding="utf-8")
+        return json.loads(read(Path(run)))
+    evaluations = {}
+    for path in sorted(Path(run, "eval").glob("*.jsonl")):
+        episodes = sorted(read_rows(path), key=lambda row: row["task_id"])
+        names = "\n".join(row["task_id"] for row in episodes)
+        evaluations[path.stem] = {
+            "tasks": hashlib.sha1(names.encode()).hexdigest()[:12],
+            "rewards": [row["reward"] for row in episodes],
+        }
+    config = json.loads(read(Path(run, "config.json")))["config"]
+    metrics = read_rows(Path(run, "metrics.jsonl"))
+    return {"seed": config["seed"], "metrics": metrics, "eval": evaluations}
 
 
 def rewards(runs: dict[str, list[str]], split: str, name: str = "final") -> dict[str, np.ndarray]:
-    """label -> [seeds, tasks], the same seeds and tasks in the same order for every label, or an error."""
+    """label -> [seeds, tasks]; an error unless all labels have the same seeds and tasks."""
     found, first = {}, None
     for label, paths in runs.items():
         for path in paths:
             if f"{name}_{split}" not in load(path)["eval"]:
                 sys.exit(f"error: {path} has not played {split} ({name}); let the run finish first")
-        episodes = [load(path)["eval"][f"{name}_{split}"] for path in paths]
-        played = [load(path)["seed"] for path in paths], [e["tasks"] for e in episodes]
-        first = first or played
-        if played != first or len(set(played[1])) > 1:
-            sys.exit(f"error: {label} has other seeds or tasks on {split} than {next(iter(runs))}; a paired table needs the same")
-        found[label] = np.array([e["rewards"] for e in episodes])
+        played = [load(path)["eval"][f"{name}_{split}"] for path in paths]
+        tasks = [evaluation["tasks"] for evaluation in played]
+        seeds = [load(path)["seed"] for path in paths]
+        first = first or (seeds, tasks)
+        if (seeds, tasks) != first or len(set(tasks)) > 1:
+            other = next(iter(runs))
+            sys.exit(
+                f"error: {label} has other seeds or tasks on {split} than {other}; "
+                "a paired table needs the same"
+            )
+        found[label] = np.array([evaluation["rewards"] for evaluation in played])
     return found
 
 
-def interval(x: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """Of the mean of x [seeds, tasks]; tasks are drawn for all seeds alike, seeds where there are several."""
+def success(runs: dict[str, list[str]], splits: list[str], name: str = "final") -> dict:
+    """label -> [seeds, tasks of all splits], 0 or 1."""
+    parts = [rewards(runs, split, name) for split in splits]
+    together = {}
+    for label in runs:
+        joined = np.concatenate([part[label] for part in parts], axis=1)
+        together[label] = (joined >= 1).astype(float)
+    return together
+
+
+def estimate(outcomes: np.ndarray, draws: int = 2000) -> list[float]:
+    """[mean, low, high] of outcomes [seeds, tasks]. A draw takes the same tasks for all seeds."""
     rng = np.random.default_rng(0)
-    s, t = x.shape
-    means = [x[rng.integers(s, size=s)][:, rng.integers(t, size=t)].mean() for _ in range(draws)]
-    return tuple(np.percentile(means, [2.5, 97.5]))
+    seeds, tasks = outcomes.shape
+    means = []
+    for _ in range(draws):
+        drawn = outcomes[rng.integers(seeds, size=seeds)]
+        means.append(drawn[:, rng.integers(tasks, size=tasks)].mean())
+    return [float(outcomes.mean()), *np.percentile(means, [2.5, 97.5])]
 
 
-def cell(x: np.ndarray, sign: bool = False) -> str:
-    a, b = interval(x)
-    return f"{100 * x.mean():{'+' if sign else ''}.1f} [{100 * a:{'+' if sign else ''}.1f}, {100 * b:{'+' if sign else ''}.1f}]"
+def percent(estimated: list[float], sign: str = "") -> str:
+    """ "47.3 [42.1, 52.1]", or with the sign "+" "+6.8 [+4.1, +9.5]"."""
+    mean, low, high = (f"{100 * share:{sign}.1f}" for share in estimated)
+    return f"{mean} [{low}, {high}]"
 
 
 def spent(paths: list[str]) -> dict[str, float]:
-    """Means over seeds: updates; million tokens that updates pushed through the model; thousand tokens that the agent wrote to learn
-    from; minutes of sampling and training, as the run took them."""
-    every = [load(p)["metrics"] for p in paths]
-    mean = lambda f: float(np.mean([sum(f(r) for r in run) for run in every]))
-    update = lambda r: "grad_norm" in r
-    return {"updates": mean(lambda r: r.get("updates", 1) if update(r) else 0), "million_tokens": mean(lambda r: r["tokens"] if update(r) else 0) / 1e6,
-            "sampled_thousand": mean(lambda r: r["tokens"] if r["phase"] == "explore" else r.get("practice_tokens", 0)) / 1e3,
-            "minutes": mean(lambda r: r.get("seconds", 0)) / 60}
+    """What the runs cost, means over seeds."""
+    sums = []
+    for path in paths:
+        metrics = load(path)["metrics"]
+        updates = [row for row in metrics if "grad_norm" in row]
+        count = sum(row.get("updates", 1) for row in updates)
+        trained = sum(row["tokens"] for row in updates)
+        # What the agent wrote to learn from: its own episodes and practice.
+        written = [row["tokens"] for row in metrics if row["phase"] == "explore"]
+        written += [row.get("practice_tokens", 0) for row in metrics]
+        seconds = sum(row.get("seconds", 0) for row in metrics)
+        sums.append([count, trained, sum(written), seconds])
+    updates, trained, written, seconds = (float(np.mean(column)) for column in zip(*sums))
+    return {
+        "updates": updates,
+        "million tokens": trained / 1e6,
+        "sampled, thousand": written / 1e3,
+        "minutes": seconds / 60,
+    }
 
 
-def table(runs: dict[str, list[str]], to: str, splits: list[str], paper: dict[str, float] | None = None,
-          against: tuple[str, ...] = ()) -> tuple[list[str], dict]:
-    """Markdown lines and the same figures; paper: a column of it; against: baselines, the best of which (on these tasks, which flatters
-    it) is compared with, too. A run labelled SFT is the common start, and gets a column of its own."""
+def compare(
+    runs: dict[str, list[str]],
+    to: str,
+    splits: list[str],
+    paper: dict[str, float] | None = None,
+) -> dict[str, dict]:
+    """The table's figures: label -> column -> value.
+
+    Differences are taken to `to` and to a label SFT, the common start. paper: the paper's success.
+    """
     if to not in runs:
         sys.exit(f"error: {to} has no finished runs; let them finish first")
-    success = {s: {k: (x >= 1).astype(float) for k, x in rewards(runs, s).items()} for s in splits}
-    together = {label: np.concatenate([success[s][label] for s in splits], 1) for label in runs}
-    best = max((k for k in against if k in runs), key=lambda k: together[k].mean(), default=None)
-    n, start = len(next(iter(runs.values()))), "SFT" in runs and to != "SFT"
-    lines = [f"Success in %, 95% intervals in brackets; {n} seed{'s' * (n > 1)}, "
-             f"{', '.join(f'{success[s][next(iter(runs))].shape[1]} {s} tasks' for s in splits)}." +
-             " Few seeds make an interval over seeds too narrow: the difference of each seed stands beside it." * (n > 1), "",
-             "| method | " + "paper | " * bool(paper) + " | ".join(splits) + f" | minus {to}, paired, all tasks | by seed | " +
-             "minus SFT | " * start + f"minus {best} | " * bool(best) + "updates | million tokens | sampled, thousand | minutes |",
-             "|---" * (7 + len(splits) + bool(paper) + start + bool(best)) + "|"]
+    by_split = {split: success(runs, [split]) for split in splits}
+    together = success(runs, splits)
     figures = {}
-    for label in runs:
-        gap = together[label] - together[to]
-        cost = spent(runs[label])
-        figures[label] = {s: [float(success[s][label].mean()), *interval(success[s][label])] for s in splits} | {
-            f"minus {to}": [float(gap.mean()), *interval(gap)], "by seed": gap.mean(1).tolist(), **cost} | ({"paper": paper.get(label)} if paper else {})
-        own = label == to
-        line = [label, *([str(paper.get(label, "not in it"))] if paper else []), *(cell(success[s][label]) for s in splits),
-                "" if own else cell(gap, True), "" if own else ", ".join(f"{100 * x:+.1f}" for x in gap.mean(1))]
-        if start:
-            gap = together[label] - together["SFT"]
-            figures[label]["minus SFT"] = [float(gap.mean()), *interval(gap)]
-            line.append("" if label == "SFT" else cell(gap, True))
-        if best:
-            figures[label][f"minus {best}"] = [float((together[label] - together[best]).mean()), *interval(together[label] - together[best])]
-            line.append("" if label == best else cell(together[label] - together[best], True))
-        lines.append("| " + " | ".join([*line, f"{cost['updates']:.0f}", f"{cost['million_tokens']:.2f}", f"{cost['sampled_thousand']:.0f}",
-                                        f"{cost['minutes']:.1f}"]) + " |")
-    matches = {label: [{r["iteration"]: r for r in load(p)["metrics"] if r["phase"] == "inspect"} for p in paths]
-               for label, paths in runs.items()}
-    inspected = [label for label in runs if any(matches[label])]
-    if inspected:
-        lines += ["", "| match with the expert (text / action), per iteration | " + " | ".join(inspected) + " |", "|---" * (1 + len(inspected)) + "|"]
-        for i in sorted({i for label in inspected for one in matches[label] for i in one}):
-            here = {label: [one[i] for one in matches[label] if i in one] for label in inspected}
-            lines.append(f"| {i} | " + " | ".join(" / ".join(f"{100 * np.mean([g[k] for g in here[label]]):.1f}" for k in (
-                "match_text", "match_action")) if here[label] else "" for label in inspected) + " |")
-    return [*lines, "", "What you just saw: " + verdict(together, to) + "."], figures
+    for label, paths in runs.items():
+        figure = {"paper": paper.get(label, "not in it")} if paper else {}
+        figure |= {split: estimate(by_split[split][label]) for split in splits}
+        figure |= {f"minus {to}": None, "by seed": None}
+        for other in (to, "SFT"):
+            if other in runs:
+                gap = together[label] - together[other]
+                figure[f"minus {other}"] = None if label == other else estimate(gap)
+        if label != to:
+            figure["by seed"] = (together[label] - together[to]).mean(1).tolist()
+        figures[label] = figure | spent(paths)
+    return figures
 
 
-def short(figures: dict, splits: list[str], to: str) -> list[str]:
-    """The README's table, of what `table` has written: success by split, differences to the start and to the control, minutes."""
-    one = lambda x, sign="": f"{100 * x[0]:{sign}.1f} [{100 * x[1]:{sign}.1f}, {100 * x[2]:{sign}.1f}]"
-    lines = ["| method | paper | " + " | ".join(splits) + f" | minus SFT | minus {to} | minutes |", "|---" * (5 + len(splits)) + "|"]
-    for label, f in figures.items():
-        gaps = ["" if label == other else one(f[f"minus {other}"], "+") for other in ("SFT", to)]
-        lines.append("| " + " | ".join([label, str(f["paper"] or "not in it"), *(one(f[s]) for s in splits), *gaps, f"{f['minutes']:.1f}"]) + " |")
-    return lines
+def table(figures: dict[str, dict]) -> list[dict[str, str]]:
+    """The same as text: rows of column -> cell."""
+    rows = []
+    for label, figure in figures.items():
+        row = {"method": label}
+        for name, value in figure.items():
+            if value is None:
+                row[name] = ""
+            elif name == "by seed":
+                row[name] = ", ".join(f"{100 * gap:+.1f}" for gap in value)
+            elif isinstance(value, list):
+                row[name] = percent(value, "+" if name.startswith("minus") else "")
+            else:
+                row[name] = f"{value:{FORMATS[name]}}"
+        rows.append(row)
+    return rows
 
 
-def verdict(together: dict[str, np.ndarray], to: str) -> str:
-    ours = [k for k in together if k.startswith("StepAgent")]
-    low, high = ({k: interval(together[k] - together[to])[side] for k in ours} for side in (0, 1))
-    said = []
-    for which, one, many in (([k for k in ours if low[k] > 0], f"beats {to}", f"beat {to}"),
-                             ([k for k in ours if high[k] < 0], f"falls behind {to}", f"fall behind {to}"),
-                             ([k for k in ours if low[k] <= 0 <= high[k]], f"cannot be told from {to} with these tasks",
-                              f"cannot be told from {to} with these tasks")):
-        if which:
-            said.append(f"{' and '.join(which)} {one if len(which) == 1 else many}")
-    return "; ".join(said) or f"{len(together)} methods beside {to}"
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    head = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return head + ["| " + " | ".join(row.values()) + " |" for row in rows]
+
+
+def note(runs: dict[str, list[str]], splits: list[str]) -> str:
+    """What a table's figures are, and of how many seeds and tasks."""
+    label, paths = next(iter(runs.items()))
+    sizes = [f"{rewards(runs, split)[label].shape[1]} {split} tasks" for split in splits]
+    counted = ", ".join([f"{len(paths)} seed{'s' * (len(paths) > 1)}", *sizes])
+    text = f"Success in %, 95% intervals in brackets; {counted}. Differences: paired, all tasks."
+    if len(paths) > 1:
+        text += " An interval over few seeds is too narrow: see the difference by seed."
+    return text
+
+
+def agreement(runs: dict[str, list[str]]) -> list[str]:
+    """How often practice is the expert's text / action, by iteration, of the runs that practise."""
+    inspected: dict[str, dict[int, list[dict]]] = {}
+    for label, paths in runs.items():
+        for row in (row for path in paths for row in load(path)["metrics"]):
+            if row["phase"] == "inspect":
+                inspected.setdefault(label, {}).setdefault(row["iteration"], []).append(row)
+    rows = []
+    for iteration in sorted(set().union(*inspected.values())):
+        rows.append({"match with the expert (text / action), per iteration": str(iteration)})
+        for label, by_iteration in inspected.items():
+            found = by_iteration.get(iteration, [])
+            text = [100 * row["match_text"] for row in found]
+            action = [100 * row["match_action"] for row in found]
+            rows[-1][label] = f"{np.mean(text):.1f} / {np.mean(action):.1f}" if found else ""
+    return ["", *markdown(rows)] if rows else []
+
+
+def verdict(figures: dict, labels: Iterable[str], other: str) -> str:
+    """The finding in words: which labels did better than another, or worse."""
+    groups = {"did better than": [], "did worse than": [], "could not be told from": []}
+    better, worse, equal = groups
+    for label in labels:
+        if label != other:
+            _, low, high = figures[label][f"minus {other}"]
+            groups[better if low > 0 else worse if high < 0 else equal].append(label)
+    parts = [f"{listed(found)} {verb} {other}" for verb, found in groups.items() if found]
+    return "; ".join(parts)
+
+
+def listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN[,RUN...]")
-    parser.add_argument("--to", default="SFT+", help="the label that differences are taken to (default: SFT+)")
+    parser.add_argument("--to", default="SFT+", help="the baseline of the full table")
     parser.add_argument("--splits", default="test,test_unseen")
-    parser.add_argument("--out", default="", help="also write the table there, as Markdown")
+    parser.add_argument("--out", default="", help="write the full table there, as Markdown")
     args = parser.parse_args()
-    runs = {label: paths.split(",") for label, _, paths in (r.partition("=") for r in args.runs)}
+    splits = args.splits.split(",")
+    runs = {}
+    for run in args.runs:
+        label, _, paths = run.partition("=")
+        runs[label] = paths.split(",")
     if args.to not in runs:
         sys.exit(f"error: no run has the label {args.to!r}; give --to one of: {', '.join(runs)}")
-    lines, _ = table(runs, args.to, args.splits.split(","))
-    print("\n".join(lines))
+
+    figures = compare(runs, args.to, splits)
+    rows = table(figures)
+    start = "SFT" if "SFT" in runs else args.to
+    columns = ["method", *splits, f"minus {start}", "minutes"]
+    print(note(runs, splits), end="\n\n")
+    widths = {}
+    for name in columns:
+        widths[name] = max(len(name), *(len(row[name]) for row in rows))
+    for row in [dict(zip(columns, columns)), *rows]:
+        print("   ".join(row[name].ljust(widths[name]) for name in columns).rstrip())
+    said = [verdict(figures, runs, start)]
+    if start != args.to:
+        ours = [label for label in runs if label.startswith("StepAgent")]
+        said.append(verdict(figures, ours, args.to))
+    print(f"\nWhat you just saw: {'; '.join(filter(None, said))}.")
     if args.out:
-        Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        page = [note(runs, splits), "", *markdown(rows), *agreement(runs)]
+        Path(args.out).write_text("\n".join(page) + "\n", encoding="utf-8")
+        print(f"The full table: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,289 +1,449 @@
-"""What one iteration of StepAgent costs on H100s, from model shape and benchmark statistics: python experiments/cost.py [--k 3]
+"""What an iteration of StepAgent costs on H100s, and what fits into their memory: an estimate.
 
-An estimate on paper: nothing here was timed on a GPU. An iteration = inspection (K practice actions per expert step), scoring
-(reference log-probs and features) and reflection (implicit: one DPO epoch; inverse: two PPO passes). Evaluation, SFT, D (a small
-MLP) and saving are left out. "Shared" is rollout.py: one sequence per trajectory, trunk and leaves. "Separate" is a generate loop and
-a DPO or PPO trainer: one sequence per (state, action), the expert's again in each of its K pairs; padding and logits at unscored
-positions are forgiven. T: tokens computed; pairs: (query, key) pairs that causal attention within the sliding window needs; S: scored
-positions; n steps, s_i: tokens of state i, A: of an action. Practice actions are as long as the expert's and differ from
-the first token on: the dearest case, as what they have in common is not computed again where shared, and always where separate.
+    python experiments/cost.py            # experiments/results/cost.md and memory.md
+    python experiments/cost.py --k 5      # other tables are only printed
 
-FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S       W weights in the layers' matrices, L layers, H heads, V vocabulary
-            training = 4 x forward: forward, backward 2, recomputation 1 (checkpointing): 8 a weight and token, 6 without recomputation
-            (an upper bound: torch leaves out each layer's last matrix when it recomputes, 7.5 for these models; and the last
-            layer, here counted in full, computes only scored positions after its keys and values: up to 1/L less)
-            prefill  T = s_n + A - 1 shared; K sum_i s_i separate (decoding: nK (A - 1) tokens either way)
-            scoring  T = s_n + A + nKA shared; separate: 2 K sum_i (s_i + A) implicit, (1 + K) sum_i (s_i + A) inverse
+Nothing here was timed on a GPU. An iteration is inspection (K practice actions per expert step),
+scoring (reference log-probs and features) and reflection (implicit: one DPO epoch; inverse: two
+PPO passes). Evaluation, SFT, D (a small MLP) and saving are left out. "Shared" is rollout.py: one
+sequence per trajectory, trunk and leaves. "Separate" is a generate loop and a DPO or PPO trainer:
+one sequence per (state, action), the expert's again in each of its K pairs; padding and logits at
+unscored positions are forgiven. T: tokens computed; pairs: (query, key) pairs that causal attention
+within the sliding window needs; S: scored positions; n steps, s_i: tokens of state i, A: of an
+action. Practice actions are as long as the expert's and differ from the first token on. This is the
+dearest case: what they have in common is not computed again where shared, always where separate.
+
+FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S   W weights in the layers' matrices,
+            L layers, H heads, V vocabulary
+            training = 4 x forward: forward, backward 2, recomputation 1 (checkpointing): 8 a weight
+            and token. An upper bound: torch leaves out each layer's last matrix when it recomputes
+            (7.5 for these models).
+            prefill  T = s_n + A - 1 shared; K sum_i s_i separate (decoding: nK (A - 1) either way)
+            scoring  T = s_n + A + nKA shared; separate: 2 K sum_i (s_i + A) implicit,
+            (1 + K) sum_i (s_i + A) inverse
             reflection T = as scoring; separate and inverse: K sum_i (s_i + A). Inverse: twice.
-KV          4 L H_kv d_head bytes x (T of prefill + nK (A - 1)), for one inspection batch: whole trajectories, at most 256 leaves
-Time        compute: FLOPs / (40% of 989 TFLOP/s). A decode step: the larger of compute and bytes / (60% of 3.35 TB/s), the bytes
-            being the weights (2 each, without the input embedding) and the batch's keys and values, the trunk's once or per leaf.
-            An update: the sequences of the busiest GPU, then AdamW (28 bytes a weight, sharded) and the links (8 bytes a weight at
-            300 GB/s, not overlapped: fp32 all-reduce 2 x 4, or FSDP's two bf16 gathers and fp32 scatter). It has 16 pairs (paper):
-            16 sequences, for DPO 32, where separate; shared, whole trajectories until 16 are reached: often one, on one GPU.
-            Launches, the environment, stragglers and the spread of lengths (quadratic for "separate") are left out.
+KV          4 L H_kv d_head bytes x (T of prefill + nK (A - 1)), for one inspection batch: whole
+            trajectories, at most 256 leaves
+Time        compute: FLOPs / (40% of 989 TFLOP/s). A decode step: the larger of compute and
+            bytes / (60% of 3.35 TB/s), the bytes being the weights (2 each, without the input
+            embedding) and the batch's keys and values, the trunk's once or per leaf.
+            An update: the sequences of the busiest GPU, then AdamW (28 bytes a weight, sharded) and
+            the links (8 bytes a weight at 300 GB/s, not overlapped: fp32 all-reduce 2 x 4, or
+            FSDP's two bf16 gathers and fp32 scatter). It has 16 pairs (paper): 16 sequences, for
+            DPO 32, where separate; shared, whole trajectories until 16 are reached: often one, on
+            one GPU. Launches, the environment, stragglers and the spread of lengths (quadratic for
+            "separate") are left out.
 H100-hours  GPUs x wall time, idle GPUs included
-Memory      the larger of training = 16 bytes a weight (fp32 weight, gradient, two moments) + bf16 copy + activations of a micro-batch of
-            8192 tokens, 4 L d + 12 I + 26 d + 8 H d_head + 4 H_kv d_head bytes each (layer inputs; inside of one layer, I intermediate)
-            + 24 bytes x 2^21, at least 256 V (a chunk's logits and fp32 copies); and inspection = 4 bytes a weight + bf16 copy + KV (trunk once).
-            Replicated: --shard false. Sharded is FSDP: 16 and 4 divided by the GPUs; the bf16 copy is two layers, embedding and
-            head in training, whole in inspection. CUDA context, NCCL and fragmentation are left out.
+Memory      training_bytes of system/sharding.py, by which stepagent.py decides: the larger of an
+            update and of generation with the batch's keys and values (trunk once). CUDA context,
+            NCCL and fragmentation are left out.
 """
+
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
-PEAK, MFU = 989e12, 0.40             # FLOP/s of an H100 SXM, bfloat16 dense (data sheet); share assumed, recomputation counts as work
-HBM, HBM_SHARE = 3.35e12, 0.60       # bytes/s of its memory (data sheet); share assumed, for decoding and the optimizer
-LINK = 300e9                         # bytes/s of a GPU in a collective, assumed: NVLink in a node of 8, 8 x 400 Gb/s between nodes
-CARD = 80e9                          # bytes
-LEAVES, MICRO, PAIRS, PPO_PASSES = 256, 8192, 16, 2                  # stepagent.py's defaults
-LOGIT_BYTES = 24                     # bytes a logit at the peak, its entropy differentiable
+from stepagent import Config
+from system.files import write_text
+from system.model import add_lora
+from system.sharding import training_bytes
+from tree import kv_bytes
+
+# An H100 SXM, by its data sheet: FLOP/s in bfloat16, bytes/s of its memory, bytes. The shares are
+# assumed; recomputation counts as work.
+PEAK, MFU = 989e12, 0.40
+HBM, HBM_SHARE, CARD = 3.35e12, 0.60, 80e9
+# Bytes/s of a GPU in a collective, assumed: NVLink in a node of 8, 8 x 400 Gb/s between nodes.
+LINK = 300e9
 GPUS = (1, 8, 64)
+PHASES = ("inspection", "scoring", "reflection", "optimizer_and_links")
+SETTINGS = Config(dtype="bfloat16", checkpointing=True)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model with an untied head; window: how many keys a query sees at most, 0 = all."""
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocab: int
-    window: int = 0
+class Backbone:
+    """A Llama-like model without storage. Attention sees at most `window` keys; 0: all."""
 
-    @property
-    def layer(self) -> int:
-        """Weights of one layer's matrices: query and output, key and value, three of the MLP."""
-        return self.hidden * (2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim + 3 * self.inner)
-
-    @property
-    def parameters(self) -> int:
-        """The layers with two norms each, the last norm, embedding and head."""
-        return self.layers * (self.layer + 2 * self.hidden) + self.hidden + 2 * self.vocab * self.hidden
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of one token: key and value in every layer, bfloat16."""
-        return 4 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def activation_bytes(self) -> int:
-        """Of one token at the peak of a checkpointed step: the layers' inputs in fp32, and the inside of one layer with gradients."""
-        inside = 12 * self.inner + 26 * self.hidden + 8 * self.heads * self.head_dim + 4 * self.kv_heads * self.head_dim
-        return 4 * self.layers * self.hidden + inside
+    def __init__(self, name: str, config: PretrainedConfig, lora_rank: int = 0):
+        self.name, self.config = name, config
+        with torch.device("meta"):
+            self.policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.parameters = sum(p.numel() for p in self.policy.parameters())
+        matrices = [p for p in self.policy.model.layers[0].parameters() if p.dim() == 2]
+        # Weights of one layer's matrices.
+        self.layer = sum(p.numel() for p in matrices)
+        # Of one token, in bfloat16.
+        self.kv_bytes = kv_bytes(self.policy, 2)
+        self.window = getattr(config, "sliding_window", None) or 0
+        if lora_rank:
+            add_lora(self.policy, lora_rank, seed=0)
 
 
-SHAPES = [                           # layers, hidden, heads, KV heads, head dim, intermediate, vocabulary, window: from config.json of
-    Shape("Mistral-7B", 32, 4096, 32, 8, 128, 14336, 32000, 4096),          # mistralai/Mistral-7B-Instruct-v0.1; context 32k
-    Shape("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256),               # meta-llama/Meta-Llama-3-8B-Instruct; context 8k
-    Shape("Mistral-Nemo-12B", 40, 5120, 32, 8, 128, 14336, 131072),         # mistralai/Mistral-Nemo-Instruct-2407; context 128k; its
-]                                                                           # heads x head dim is not hidden; its card misprints 14,436
+# The paper's backbones, from their published config.json. Mistral-Nemo's model card misprints the
+# intermediate size as 14,436.
+MISTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+NEMO = MISTRAL | {"hidden_size": 5120, "num_hidden_layers": 40, "head_dim": 128}
+CONFIGS = {
+    "Mistral-7B": MistralConfig(vocab_size=32000, sliding_window=4096, **MISTRAL),
+    "Llama-3-8B": LlamaConfig(vocab_size=128256, **MISTRAL),
+    "Mistral-Nemo-12B": MistralConfig(vocab_size=131072, sliding_window=None, **NEMO),
+}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks and mean turns of the paper's Table 1; the rest are mean tokens, chat template included."""
+    """Tasks and mean turns of the paper's Table 1; the rest are mean tokens, template included."""
+
     name: str
     tasks: int
     turns: float
     instruction: int
-    example: int                     # one-shot example; 0: as long as one mean trajectory
-    first: int                       # first observation, with the task
-    observation: int                 # each later one
-    action: int                      # "Thought: ...\nAction: ..." and the stop token
+    # The one-shot example; 0: as long as one mean trajectory.
+    example: int
+    # The first observation, with the task; each later one.
+    first: int
+    observation: int
+    # "Thought: ...\nAction: ..." and the stop token.
+    action: int
 
     def spans(self, turns: int) -> list[tuple[int, int]]:
         """[start, end) of each action in a trajectory of mean lengths with so many turns."""
-        each = self.observation + self.action
-        example = self.example or round(self.first - self.observation + self.turns * each)
-        return [(s, s + self.action) for s in range(self.instruction + example + self.first, 10 ** 9, each)[:turns]]
+        turn = self.observation + self.action
+        example = self.example or round(self.first - self.observation + self.turns * turn)
+        start = self.instruction + example + self.first
+        return [(start + i * turn, start + i * turn + self.action) for i in range(turns)]
 
 
-# Measured with SmolLM2's tokenizer, not the models' own, on real text (tests/test_cost.py does it again); instructions: the paper's
-# appendix A, ScienceWorld's and its example: envs.py. Thoughts are everywhere those of GPT-4 in FireAct's 500 HotpotQA trajectories,
-# before the benchmark's own actions. Of each QA set the paper trains on 5,000 questions (section 6.1), not on Table 1's all.
+# Measured with SmolLM2's tokenizer, not the models' own, on real text (tests/test_cost.py does it
+# again). Instructions: the paper's appendix A; ScienceWorld's and its example are ours. Thoughts
+# are everywhere those of GPT-4 in FireAct's 500 HotpotQA trajectories. Of each QA set the paper
+# trains on 5,000 questions (section 6.1). WebShop: pages rebuilt from 1,000 products and 13 human
+# goals. Mind2Web: ASSUMED, no data at hand; pruned HTML, one step as example. ScienceWorld: a gold
+# path of each of its 30 tasks. ALFWorld: 120 ground-truth trajectories. QA: an observation is a
+# paragraph.
 BENCHMARKS = [
-    Benchmark("WebShop", 1938, 4.9, 200, 0, 74, 379, 42),            # pages rebuilt as text from 1,000 products and 13 human goals
-    Benchmark("Mind2Web", 1009, 7.3, 100, 740, 700, 700, 40),        # no data at hand: ASSUMED, pruned HTML, one step as example
-    Benchmark("ScienceWorld", 1483, 14.4, 343, 337, 162, 53, 35),    # the simulator along a gold path of each of its 30 tasks
-    Benchmark("ALFWorld", 3321, 10.1, 290, 0, 198, 29, 37),          # 120 ground-truth trajectories
-    Benchmark("HotpotQA", 5000, 7.0, 157, 0, 34, 139, 41),           # an observation is a paragraph of a question's context
+    Benchmark("WebShop", 1938, 4.9, 200, 0, 74, 379, 42),
+    Benchmark("Mind2Web", 1009, 7.3, 100, 740, 700, 700, 40),
+    Benchmark("ScienceWorld", 1483, 14.4, 343, 337, 162, 53, 35),
+    Benchmark("ALFWorld", 3321, 10.1, 290, 0, 198, 29, 37),
+    Benchmark("HotpotQA", 5000, 7.0, 157, 0, 34, 139, 41),
     Benchmark("2WikiMultihopQA", 5000, 8.2, 157, 0, 28, 99, 41),
     Benchmark("MuSiQue", 5000, 7.8, 157, 0, 29, 128, 41),
 ]
 
 
-# ------------------------------------------------------------------------------------------------------- what has to be computed
-
-def seen(start: int, n: int, window: int = 0) -> int:
-    """(query, key) pairs of n tokens at positions start, start + 1, ..., each of which sees itself and what is before it."""
-    upto = lambda m: m * (m + 1) // 2 if not window or m <= window else window * (window + 1) // 2 + (m - window) * window
-    return upto(start + n) - upto(start)
+# ---------------------------------------------------------------------------- what is computed
 
 
-def loads(spans: list[tuple[int, int]], leaves: list[list[int]], window: int, shared: bool, inverse: bool) -> dict[str, np.ndarray]:
-    """[tokens, pairs, scored positions] of each phase for one trajectory; leaves[i] = lengths of the practice actions of step i.
-    A leaf's first token comes from the prefill and its last is never read, so decoding computes one token less than it writes. Leaves
-    have nothing in common with the expert's actions here; what they have would cost the shared trunk nothing."""
-    branch = lambda start, n: np.array([n, seen(start, n, window), n])                       # n tokens after a state
-    alone = lambda start, n: np.array([start, seen(0, start, window), 0]) + branch(start, n)
-    flat = [(start, n) for (start, _), own in zip(spans, leaves, strict=True) for n in own]
-    decode = sum(branch(start, n - 1) for start, n in flat)
+def seen(start: int, count: int, window: int = 0) -> int:
+    """(query, key) pairs of tokens start, start + 1, ..: each sees itself and what is before it."""
+
+    def up_to(tokens: int) -> int:
+        if not window or tokens <= window:
+            return tokens * (tokens + 1) // 2
+        return window * (window + 1) // 2 + (tokens - window) * window
+
+    return up_to(start + count) - up_to(start)
+
+
+def tokens_after(start: int, count: int, window: int) -> np.ndarray:
+    """[tokens, pairs, scored positions] of `count` scored tokens after a state."""
+    return np.array([count, seen(start, count, window), count])
+
+
+def tokens_of(start: int, window: int) -> np.ndarray:
+    """The same of a state, of which nothing is scored."""
+    return np.array([start, seen(0, start, window), 0])
+
+
+def loads(spans, leaves, window: int, shared: bool, inverse: bool) -> dict[str, np.ndarray]:
+    """[tokens, pairs, scored positions] of each phase, for one trajectory with these spans.
+
+    leaves[i]: lengths of the practice actions of step i. A leaf's first token comes from the
+    prefill and its last is never read: decoding computes one token less than it writes.
+    """
+    once = np.array([0, 0, 1])
+    prefill, decode, practice, expert, chosen, actions = 0, 0, 0, 0, 0, 0
+    for (start, end), own in zip(spans, leaves, strict=True):
+        state = tokens_of(start, window)
+        alone = state + tokens_after(start, end - start, window)
+        expert, chosen = expert + alone, chosen + alone * len(own)
+        actions += end - start
+        for size in own:
+            prefill = prefill + state + once
+            decode = decode + tokens_after(start, size - 1, window)
+            practice = practice + tokens_after(start, size, window)
     if shared:
-        end = spans[-1][1]
-        train = np.array([end, seen(0, end, window), sum(e - s for s, e in spans)]) + sum(branch(start, n) for start, n in flat)
-        return {"prefill": np.array([end - 1, seen(0, end - 1, window), len(flat)]), "decode": decode, "score": train, "reflect": train}
-    expert, practice = [alone(start, end - start) for start, end in spans], sum(alone(start, n) for start, n in flat)
-    pairs = practice + sum(e * len(own) for e, own in zip(expert, leaves))
-    return {"prefill": sum(np.array([start, seen(0, start, window), 1]) for start, _ in flat), "decode": decode,
-            "score": practice + sum(expert) if inverse else pairs, "reflect": practice if inverse else pairs}
+        trunk = spans[-1][1]
+        count = sum(map(len, leaves))
+        prefill = tokens_of(trunk - 1, window) + count * once
+        score = reflect = tokens_of(trunk, window) + actions * once + practice
+    else:
+        practice = practice + prefill - sum(map(len, leaves)) * once
+        reflect = practice if inverse else practice + chosen
+        score = practice + expert if inverse else reflect
+    return {"prefill": prefill, "decode": decode, "score": score, "reflect": reflect}
 
 
-def mean_loads(shape: Shape, b: Benchmark, k: int, shared: bool, inverse: bool) -> dict[str, np.ndarray]:
-    """Of a trajectory with b.turns turns on average: a mixture of the two whole numbers around it."""
-    few, share = int(b.turns), b.turns - int(b.turns)
-    low, high = (loads(b.spans(n), [[b.action] * k] * n, shape.window, shared, inverse) for n in (few, few + 1))
-    return {phase: (1 - share) * low[phase] + share * high[phase] for phase in low}
+def mean_loads(
+    model: Backbone, benchmark: Benchmark, K: int, shared: bool, inverse: bool
+) -> dict[str, np.ndarray]:
+    """Of a trajectory of mean length: a mixture of the two whole numbers of turns around it."""
+    few, mixture = int(benchmark.turns), {}
+    for turns, share in ((few, few + 1 - benchmark.turns), (few + 1, benchmark.turns - few)):
+        leaves = [[benchmark.action] * K] * turns
+        load = loads(benchmark.spans(turns), leaves, model.window, shared, inverse)
+        for phase in load:
+            mixture[phase] = mixture.get(phase, 0) + share * load[phase]
+    return mixture
 
 
-def flops(shape: Shape, load: np.ndarray) -> float:
+def flops(model: Backbone, load: np.ndarray) -> float:
     """Of a forward pass."""
-    per_token, per_pair = 2 * shape.layers * shape.layer, 4 * shape.layers * shape.heads * shape.head_dim
-    return float(load @ [per_token, per_pair, 2 * shape.vocab * shape.hidden])
+    config = model.config
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * model.layer
+    pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    return float(load @ [token, pair, 2 * config.vocab_size * config.hidden_size])
 
 
-def together(b: Benchmark, k: int) -> int:
-    """Trajectories in an inspection batch."""
-    return max(1, int(LEAVES / (b.turns * k)))
+def batch_size(benchmark: Benchmark, K: int) -> int:
+    """Trajectories that are practised together."""
+    return max(1, int(SETTINGS.leaves / (benchmark.turns * K)))
 
 
-def kv(shape: Shape, b: Benchmark, k: int, shared: bool) -> float:
-    """Bytes of keys and values of one inspection batch, at its end."""
-    load = mean_loads(shape, b, k, shared, False)
-    return together(b, k) * shape.kv_bytes * float(load["prefill"][0] + load["decode"][0])
+def cache_bytes(model: Backbone, benchmark: Benchmark, K: int, shared: bool) -> float:
+    """Keys and values of one inspection batch, at its end."""
+    load = mean_loads(model, benchmark, K, shared, False)
+    tokens = float(load["prefill"][0] + load["decode"][0])
+    return batch_size(benchmark, K) * model.kv_bytes * tokens
 
 
-# ------------------------------------------------------------------------------------------------------------------ time, memory
+def cost(
+    model: Backbone,
+    benchmark: Benchmark,
+    K: int,
+    gpus: int,
+    shared: bool,
+    inverse: bool,
+    pairs: float = SETTINGS.batch,
+) -> dict[str, float]:
+    """Of one iteration with `pairs` step pairs in an update.
 
-def cost(shape: Shape, b: Benchmark, k: int, gpus: int, shared: bool, inverse: bool, pairs: float = PAIRS) -> dict[str, float]:
-    """Of one iteration with `pairs` step pairs in an update: PFLOP of all GPUs, wall seconds by phase, H100-hours, number of updates,
-    GPUs that have a sequence in an update."""
-    load, rate, own = mean_loads(shape, b, k, shared, inverse), PEAK * MFU, b.turns * k      # own: pairs of a trajectory
-    work = {phase: flops(shape, x) for phase, x in load.items()}
-    passes, most, group, steps = PPO_PASSES if inverse else 1, math.ceil(b.tasks / gpus), together(b, k), b.action - 1
-    held = shape.kv_bytes * (load["prefill"][0] + load["decode"][0] / 2)                     # mean over the decode steps
-    read = 2 * (shape.parameters - shape.vocab * shape.hidden) + group * held
-    step = max(read / (HBM * HBM_SHARE), group * work["decode"] / steps / rate)
+    PFLOP of all GPUs, wall seconds by phase, H100-hours, number of updates, GPUs with work in one.
+    """
+    load = mean_loads(model, benchmark, K, shared, inverse)
+    work = {phase: flops(model, part) for phase, part in load.items()}
+    rate, bandwidth = PEAK * MFU, HBM * HBM_SHARE
 
-    of_pair = 1 if inverse else 2                                                            # sequences, where they are separate
-    sequences = math.ceil(pairs / own - 1e-9) if shared else math.ceil(pairs * of_pair)
-    updates = passes * b.tasks * (1 / sequences if shared else own / pairs)
-    sequence = 4 * work["reflect"] / (1 if shared else own * of_pair) / rate                 # seconds
-    fixed = 28 * shape.parameters / gpus / (HBM * HBM_SHARE) + (8 * shape.parameters / LINK if gpus > 1 else 0)
-    seconds = {"inspection": float(most * work["prefill"] / rate + math.ceil(most / group) * steps * step),
-               "scoring": most * work["score"] / rate,
-               "reflection": updates * math.ceil(sequences / gpus) * sequence,
-               "optimizer_and_links": updates * fixed}
-    total = b.tasks * (work["prefill"] + work["decode"] + work["score"] + 4 * passes * work["reflect"])
-    return {"pflop": total / 1e15, **seconds, "h100_hours": gpus * sum(seconds.values()) / 3600, "updates": updates,
-            "gpus_at_work": min(gpus, sequences)}
+    # Inspection, on the busiest GPU.
+    trajectories, together = math.ceil(benchmark.tasks / gpus), batch_size(benchmark, K)
+    steps = benchmark.action - 1
+    # The mean over the decode steps.
+    held = model.kv_bytes * (load["prefill"][0] + load["decode"][0] / 2)
+    embedding = model.config.vocab_size * model.config.hidden_size
+    read = 2 * (model.parameters - embedding) + together * held
+    decode_step = max(read / bandwidth, together * work["decode"] / steps / rate)
+    inspection = trajectories * work["prefill"] / rate
+    inspection += math.ceil(trajectories / together) * steps * decode_step
 
+    # Reflection: sequences are trajectories, or single actions (DPO: two a pair).
+    own_pairs, passes = benchmark.turns * K, SETTINGS.ppo_passes if inverse else 1
+    if shared:
+        sequences, in_trajectory = math.ceil(pairs / own_pairs - 1e-9), 1
+        updates = passes * benchmark.tasks / sequences
+    else:
+        of_pair = 1 if inverse else 2
+        sequences, in_trajectory = math.ceil(pairs * of_pair), own_pairs * of_pair
+        updates = passes * benchmark.tasks * own_pairs / pairs
+    sequence = 4 * work["reflect"] / in_trajectory / rate
+    optimizer = 28 * model.parameters / gpus / bandwidth
+    links = 8 * model.parameters / LINK if gpus > 1 else 0
 
-def memory(shape: Shape, b: Benchmark, k: int, gpus: int, sharded: bool) -> float:
-    """Peak bytes per GPU, trunk shared."""
-    p, split = shape.parameters, gpus if sharded else 1
-    copy = 2 * p if split == 1 else 2 * (2 * shape.layer + 2 * shape.vocab * shape.hidden)
-    train = 16 * p / split + copy + MICRO * shape.activation_bytes + LOGIT_BYTES * max(2 ** 21, 256 * shape.vocab)
-    return max(train, 4 * p / split + 2 * p + kv(shape, b, k, True))
-
-
-# ------------------------------------------------------------------------------------------------------------------------ tables
-
-def short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 99.5 else f"{x:.2g}" if x < 0.995 else f"{x:.1f}"
-
-
-def compared(shape: Shape, b: Benchmark, k: int, gpus: int, data: list, **more) -> dict[str, str]:
-    """All four costs into data; -> cells "implicit / inverse"."""
-    got = {way: [cost(shape, b, k, gpus, way == "shared", inverse) for inverse in (False, True)] for way in ("shared", "separate")}
-    data.append({"model": shape.name, "benchmark": b.name, "gpus": gpus, **more,
-                 **{way: dict(zip(("implicit", "inverse"), x)) for way, x in got.items()}})
-    cell = lambda values: " / ".join(map(short, values))
-    ratio = lambda name: cell([a[name] / c[name] for a, c in zip(got["separate"], got["shared"])])
-    return {"pflop": cell([c["pflop"] for c in got["shared"]]), "pflop ratio": ratio("pflop"),
-            "hours": " | ".join([*(cell([c["h100_hours"] for c in x]) for x in got.values()), ratio("h100_hours")])}
+    scoring = trajectories * work["score"] / rate
+    reflection = updates * math.ceil(sequences / gpus) * sequence
+    phases = (float(inspection), scoring, reflection, updates * (optimizer + links))
+    total = work["prefill"] + work["decode"] + work["score"] + 4 * passes * work["reflect"]
+    return {
+        "pflop": benchmark.tasks * total / 1e15,
+        **dict(zip(PHASES, phases)),
+        "h100_hours": gpus * sum(phases) / 3600,
+        "updates": updates,
+        "gpus_at_work": min(gpus, sequences),
+    }
 
 
-def main_table(b: Benchmark, k: int, data: list) -> list[str]:
-    lines = [f"**{b.name}, one iteration, K = {k}** ({b.tasks:,} trajectories of {b.turns} turns; a / b: implicit / inverse)", "",
-             "| model | GPUs | PFLOP, shared trunk | KV of a batch, trunk once / nK times, GB | GB per GPU, replicated / sharded "
-             "| H100-hours, shared trunk | separate | ratio |", "|---" * 8 + "|"]
-    fit = [0, 0]                                                         # rows within a card: replicated, sharded
-    for shape in SHAPES:
+def memory(model: Backbone, benchmark: Benchmark, K: int, split: int) -> float:
+    """Peak bytes per GPU with a shared trunk; `split` GPUs share the weights."""
+    need = training_bytes(model.policy, SETTINGS, split)
+    return max(need["update"], need["generate"] + cache_bytes(model, benchmark, K, True))
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def short(number: float) -> str:
+    if number >= 99.5:
+        return f"{number:,.0f}"
+    return f"{number:.2g}" if number < 0.995 else f"{number:.1f}"
+
+
+def table(head: str, rows: list[list[str]]) -> list[str]:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def compare(model: Backbone, benchmark: Benchmark, K: int, gpus: int) -> dict[str, list[str]]:
+    """Figure -> cells "implicit / inverse": shared trunk, separate sequences, their ratio."""
+    cells = {}
+    for figure in ("pflop", "h100_hours"):
+        pairs = []
+        for shared in (True, False):
+            pair = [cost(model, benchmark, K, gpus, shared, inverse) for inverse in (False, True)]
+            pairs.append([costs[figure] for costs in pair])
+        pairs.append([separate / shared for shared, separate in zip(*pairs)])
+        cells[figure] = [f"{short(implicit)} / {short(inverse)}" for implicit, inverse in pairs]
+    return cells
+
+
+def main_table(models: list[Backbone], benchmark: Benchmark, K: int) -> list[str]:
+    rows = []
+    for model in models:
+        caches = [cache_bytes(model, benchmark, K, shared) / 1e9 for shared in (True, False)]
         for gpus in GPUS:
-            caches, peaks = [kv(shape, b, k, x) for x in (True, False)], [memory(shape, b, k, gpus, x) for x in (False, True)]
-            cells = compared(shape, b, k, gpus, data, kv_bytes=caches, bytes_per_gpu=peaks)
-            fit = [n + (peak <= CARD) for n, peak in zip(fit, peaks)]
-            lines.append(f"| {shape.name} | {gpus} | {cells['pflop']} | {' / '.join(f'{x / 1e9:.1f}' for x in caches)} | "
-                         f"{' / '.join(f'{x / 1e9:.0f}' if x <= CARD else f'**{x / 1e9:.0f}**' for x in peaks)} | {cells['hours']} |")
-    n, held = len(SHAPES) * len(GPUS), math.ceil(PAIRS / (b.turns * k) - 1e-9)
-    return lines + ["", f"Bold: more than the 80 GB of a card. Replicated {fit[0]} of {n} rows fit, sharded {fit[1]}; "
-                    f"hours of the others are arithmetic. Whole trajectories in an update of {PAIRS} pairs (paper), with a shared trunk: {held}; "
-                    "so many GPUs work in reflection, the others wait (next table)."]
+            sizes = []
+            for split in (1, gpus):
+                peak = memory(model, benchmark, K, split)
+                sizes.append(f"{peak / 1e9:.0f}" if peak <= CARD else f"**{peak / 1e9:.0f}**")
+            cells = compare(model, benchmark, K, gpus)
+            row = [model.name, str(gpus), cells["pflop"][0]]
+            row += [f"{caches[0]:.1f} / {caches[1]:.1f}", " / ".join(sizes)]
+            rows.append(row + cells["h100_hours"])
+    head = "model | GPUs | PFLOP, shared trunk | KV of a batch, trunk once / nK times, GB "
+    head += "| GB per GPU, replicated / sharded | H100-hours, shared trunk | separate | ratio"
+    held = math.ceil(SETTINGS.batch / (benchmark.turns * K) - 1e-9)
+    return [
+        f"**{benchmark.name}, one iteration, K = {K}** ({benchmark.tasks:,} trajectories of "
+        f"{benchmark.turns} turns; a / b: implicit / inverse)",
+        "",
+        *table(head, rows),
+        "",
+        "Bold: more than the 80 GB of a card; hours are arithmetic there. With a shared trunk, an "
+        f"update of {SETTINGS.batch} pairs (paper) is {held} whole trajectories: so many GPUs work "
+        "in reflection, the others wait (next table).",
+        "",
+    ]
 
 
-def phase_table(b: Benchmark, k: int, data: list, shape: Shape = SHAPES[0]) -> list[str]:
+def phase_table(model: Backbone, benchmark: Benchmark, K: int) -> list[str]:
     """Where the time goes, and what updates as wide as the machine would change."""
-    lines = [f"**Wall minutes by phase: {shape.name}, {b.name}, implicit, shared trunk**", "",
-             "| GPUs | pairs in an update | inspection | scoring | reflection | optimizer, links | all | updates | GPUs at work "
-             "| H100-hours |", "|---" * 10 + "|"]
-    for gpus, pairs in [(GPUS[0], PAIRS), *((g, p) for g in GPUS[1:] for p in (PAIRS, g * b.turns * k))]:
-        c = cost(shape, b, k, gpus, True, False, pairs)
-        data.append({"model": shape.name, "benchmark": b.name, "gpus": gpus, "pairs": pairs, **c})
-        phases = [c[x] / 60 for x in ("inspection", "scoring", "reflection", "optimizer_and_links")]
-        lines.append(f"| {gpus} | {f'{pairs} (paper)' if pairs == PAIRS else f'{pairs:,.0f} (a trajectory per GPU)'} | "
-                     f"{' | '.join(map(short, [*phases, sum(phases)]))} | {c['updates']:,.0f} | {c['gpus_at_work']} | "
-                     f"{short(c['h100_hours'])} |")
-    return lines
+    paper, rows = SETTINGS.batch, []
+    settings = [(GPUS[0], paper)]
+    for gpus in GPUS[1:]:
+        settings += [(gpus, paper), (gpus, gpus * benchmark.turns * K)]
+    for gpus, pairs in settings:
+        costs = cost(model, benchmark, K, gpus, True, False, pairs)
+        minutes = [costs[phase] / 60 for phase in PHASES]
+        update = f"{pairs} (paper)" if pairs == paper else f"{pairs:,.0f} (a trajectory per GPU)"
+        row = [str(gpus), update, *map(short, minutes), short(sum(minutes))]
+        row += [f"{costs['updates']:,.0f}", str(costs["gpus_at_work"])]
+        rows.append([*row, short(costs["h100_hours"])])
+    head = "GPUs | pairs in an update | inspection | scoring | reflection | optimizer, links | all "
+    head += "| updates | GPUs at work | H100-hours"
+    title = f"{model.name}, {benchmark.name}, implicit, shared trunk"
+    return [f"**Wall minutes by phase: {title}**", "", *table(head, rows), ""]
 
 
-def benchmark_table(k: int, data: list, shape: Shape = SHAPES[0], gpus: int = 8) -> list[str]:
-    lines = [f"**All benchmarks: {shape.name}, {gpus} GPUs, one iteration, K = {k}** (a / b: implicit / inverse)", "",
-             "| benchmark | trajectories | turns | tokens of the first state | of the trunk | H100-hours, shared trunk | separate | ratio "
-             "| ratio of PFLOP |", "|---" * 9 + "|"]
-    for b in BENCHMARKS:
-        first, trunk = b.spans(1)[0][0], b.spans(1)[0][1] + (b.turns - 1) * (b.observation + b.action)
-        cells = compared(shape, b, k, gpus, data, trunk_tokens=trunk, **{x: y for x, y in asdict(b).items() if x != "name"})
-        lines.append(f"| {b.name} | {b.tasks:,} | {b.turns} | {first:,} | {trunk:,.0f} | {cells['hours']} | {cells['pflop ratio']} |")
-    return lines
+def benchmark_table(model: Backbone, K: int, gpus: int = 8) -> list[str]:
+    rows = []
+    for benchmark in BENCHMARKS:
+        first, end = benchmark.spans(1)[0]
+        trunk = end + (benchmark.turns - 1) * (benchmark.observation + benchmark.action)
+        cells = compare(model, benchmark, K, gpus)
+        row = [benchmark.name, f"{benchmark.tasks:,}", str(benchmark.turns), f"{first:,}"]
+        rows.append([*row, f"{trunk:,.0f}", *cells["h100_hours"], cells["pflop"][2]])
+    head = "benchmark | trajectories | turns | tokens of the first state | of the trunk "
+    head += "| H100-hours, shared trunk | separate | ratio | ratio of PFLOP"
+    title = f"{model.name}, {gpus} GPUs, one iteration, K = {K}"
+    return [f"**All benchmarks: {title}** (a / b: implicit / inverse)", "", *table(head, rows)]
+
+
+MEMORY = """\
+GB (1e9 bytes) per device: update / generation, and how many thousand tokens of keys and values then
+fit beside the weights. Update: weights, gradients, moments, bf16 copies or gathered layers,
+activations of --micro-tokens (8,192), a chunk of logits; bf16 compute, activations recomputed.
+Bold: fits into 92% of the card; the rest is the CUDA context, fragments, collectives' buffers. By
+arithmetic (training_bytes of system/sharding.py): nothing here was run on a GPU.
+"""
+MACHINES = {"1 x 24 GB": (1, 24e9), "1 x 80 GB": (1, 80e9), "8 x 80 GB": (8, 80e9)}
+FLAGS = {
+    "all weights": {},
+    "--shard true": {"shard": "true"},
+    "--lora-rank 16": {"lora_rank": 16},
+    "--lora-rank 16 --micro-tokens 2048": {"lora_rank": 16, "micro_tokens": 2048},
+}
+
+
+def memory_table() -> list[str]:
+    rows = []
+    for name, config in CONFIGS.items():
+        for flags, options in FLAGS.items():
+            settings = replace(SETTINGS, **options)
+            model = Backbone(name, config, settings.lora_rank)
+            weights = sum(p.numel() for p in model.policy.parameters())
+            learnt = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+            row = [f"{name}, {weights / 1e9:.2f}e9, {learnt / 1e6:,.0f}e6 learnt", flags]
+            for devices, card in MACHINES.values():
+                sharded = settings.shard == "true"
+                need = training_bytes(model.policy, settings, devices if sharded else 1)
+                left = 0.92 * card - need["generate"]
+                cell = f"{need['update'] / 1e9:.0f} / {need['generate'] / 1e9:.0f}, "
+                cell += f"{max(0, left) / model.kv_bytes / 1e3:,.0f}k"
+                if sharded and devices == 1:
+                    cell = "-"
+                elif need["update"] <= 0.92 * card and left > 0.05 * card:
+                    cell = f"**{cell}**"
+                row.append(cell)
+            rows.append(row)
+    return [MEMORY, *table("model | flags | " + " | ".join(MACHINES), rows)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, default=3, help="practice actions per expert step (default: 3)")
-    parser.add_argument("--benchmark", choices=[b.name for b in BENCHMARKS], default="ScienceWorld", help="of the first two tables")
-    args = parser.parse_args()
-    if args.k < 1:
-        sys.exit(f"error: --k {args.k}: give at least 1")
-    b, data = next(b for b in BENCHMARKS if b.name == args.benchmark), {"k": args.k, "main": [], "phases": [], "benchmarks": []}
-    lines = [*main_table(b, args.k, data["main"]), "", *phase_table(b, args.k, data["phases"]), "",
-             *benchmark_table(args.k, data["benchmarks"])]
-    print("\n".join(lines))
-    if (args.k, args.benchmark) == (parser.get_default("k"), parser.get_default("benchmark")):       # other tables are printed only
-        out, legend = Path(__file__).parent / "results/cost", __doc__.split("\n\n", 1)[1].rstrip()
-        out.with_suffix(".md").write_text("\n".join([*lines, "", "```", legend, "```", ""]), encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    parser.add_argument("--k", type=int, default=3, help="practice actions per step (default: 3)")
+    parser.add_argument("--benchmark", choices=names, default="ScienceWorld", help="of two tables")
+    options = parser.parse_args()
+    if options.k < 1:
+        parser.error(f"--k {options.k}: give at least 1")
+    models = [Backbone(name, config) for name, config in CONFIGS.items()]
+    benchmark, K = BENCHMARKS[names.index(options.benchmark)], options.k
+    lines = main_table(models, benchmark, K) + phase_table(models[0], benchmark, K)
+    lines += benchmark_table(models[0], K)
+    needs = memory_table()
+    print("\n".join([*lines, "", *needs]))
+    if (options.benchmark, K) == (parser.get_default("benchmark"), parser.get_default("k")):
+        results = Path(__file__).parent / "results"
+        legend = __doc__.split("\n\n", 2)[2].rstrip()
+        write_text(results / "cost.md", "\n".join([*lines, "", "```", legend, "```", ""]))
+        write_text(results / "memory.md", "\n".join(needs) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Mind2Web on small recordings of our own in the official format: pages, candidates, ranks, metrics by hand, broken files."""
+"""Mind2Web on small recordings in the official format: pages, ranks, metrics by hand, bad files."""
+
 import collections
 import json
 import os
@@ -9,168 +10,283 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import PageElements, describe, make_env, operation_f1, prompt_messages, web_action
-from rollout import InputError
+from benchmarks.mind2web import PageElements, describe, operation_f1, web_action
+from envs import make_env, prompt_messages
+from trajectory import InputError
 
 PAGE = """<html backend_node_id="1"><body backend_node_id="2"><div backend_node_id="3">
- <button backend_node_id="10" type="button"><svg backend_node_id="11"/><text backend_node_id="12">Book a  table</text></button>
+ <button backend_node_id="10" type="button">
+  <svg backend_node_id="11"/><text backend_node_id="12">Book a  table</text></button>
  <input backend_node_id="20" type="text" placeholder="City &amp; state" input_value="Paris"/>
- <select backend_node_id="30" name="party"><option backend_node_id="31" value="1">1 guest</option><option backend_node_id="32">2 guests</option></select>
+ <select backend_node_id="30" name="party">
+  <option backend_node_id="31" value="1">1 guest</option><option backend_node_id="32">2 guests
+  </option></select>
  <a backend_node_id="40" aria_label="Open the menu"><img backend_node_id="41" alt="Menu"></a>
 </div></body></html>"""
 TAGS = {"10": "button", "20": "input", "30": "select", "40": "a", "12": "text"}
 
 
-def candidate(node: str, right: bool = False, original: bool = False) -> dict:
-    extra = {"is_original_target": original, "is_top_level_target": right} if right else {}
-    return {"tag": TAGS.get(node, "div"), "attributes": json.dumps({"backend_node_id": node}), "backend_node_id": node, **extra}
+def candidate(node: str, **extra) -> dict:
+    attributes = json.dumps({"backend_node_id": node})
+    tag = TAGS.get(node, "div")
+    return {"tag": tag, "attributes": attributes, "backend_node_id": node, **extra}
 
 
-def action(uid: str, op: str, right: list, value: str = "", page: str = PAGE) -> dict:
-    return {"action_uid": uid, "raw_html": "<html>" + "x" * 500, "cleaned_html": page,
-            "operation": {"original_op": op, "value": value, "op": op},
-            "pos_candidates": [candidate(n, True, n == right[-1]) for n in right],
-            "neg_candidates": [candidate(n) for n in TAGS if n not in right]}
+def action(uid: str, operation: str, right: list, value: str = "") -> dict:
+    """The last of the right nodes is the annotator's."""
+    positive = []
+    for node in right:
+        is_target = node == right[-1]
+        positive.append(candidate(node, is_original_target=is_target, is_top_level_target=True))
+    return {
+        "action_uid": uid,
+        "raw_html": "<html>" + "x" * 500,
+        "cleaned_html": PAGE,
+        "operation": {"original_op": operation, "value": value, "op": operation},
+        "pos_candidates": positive,
+        "neg_candidates": [candidate(node) for node in TAGS if node not in right],
+    }
 
 
 def task(name: str, actions: list | None = None, **changes) -> dict:
-    actions = actions or [action("a", "CLICK", ["12", "10"]), action("b", "TYPE", ["20"], "New York"),
-                          action("c", "SELECT", ["30"], "2 guests"), action("d", "CLICK", ["40"])]
-    return {"website": "tables", "domain": "Travel", "subdomain": "Restaurant", "annotation_id": name,
-            "confirmed_task": "Book a table for 2 guests in New York", "action_reprs": [f"[x]  thing -> {a['action_uid']}" for a in actions],
-            "actions": actions, **changes}
+    actions = actions or [
+        action("a", "CLICK", ["12", "10"]),
+        action("b", "TYPE", ["20"], "New York"),
+        action("c", "SELECT", ["30"], "2 guests"),
+        action("d", "CLICK", ["40"]),
+    ]
+    return {
+        "website": "tables",
+        "domain": "Travel",
+        "subdomain": "Restaurant",
+        "annotation_id": name,
+        "confirmed_task": "Book a table for 2 guests in New York",
+        "action_reprs": [f"[x]  thing -> {recorded['action_uid']}" for recorded in actions],
+        "actions": actions,
+        **changes,
+    }
 
 
-def write(folder: Path, train: list | None = None, test: list | None = None, ranks=None, **more) -> str:
-    files = {"train/train_0.json": train or [task("t0"), task("t1", domain="Café")], "train/train_1.json": [task("t2"), task("t3")],
-             "test_domain/test_domain_0.json": test or [task("d0")], **more}
-    for name, content in files.items():
+def write(folder: Path, train=None, test=None, ranks=None, **more) -> str:
+    files = {
+        "train/train_0.json": train or [task("t0"), task("t1", domain="Café")],
+        "train/train_1.json": [task("t2"), task("t3")],
+        "test_domain/test_domain_0.json": test or [task("d0")],
+        **more,
+    }
+    for name, tasks in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (folder / name).write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
     if ranks is not None:
-        (folder / "scores_all_data.pkl").write_bytes(ranks if isinstance(ranks, bytes) else pickle.dumps({"scores": {}, "ranks": ranks}))
+        if not isinstance(ranks, bytes):
+            ranks = pickle.dumps({"scores": {}, "ranks": ranks})
+        (folder / "scores_all_data.pkl").write_bytes(ranks)
     return str(folder)
+
+
+def open_world(folder: Path, dev: int = 0, candidates: int = 20, **files):
+    data = write(folder, **files)
+    return make_env("mind2web", data=data, dev=dev, candidates=candidates)
 
 
 def play(world, name: str, *actions: str) -> list:
     episode, _ = world.start(name)
-    return [episode.step(f"Thought: so.\nAction: {a}") for a in actions]
+    return [episode.step(f"Thought: so.\nAction: {text}") for text in actions]
 
 
-# --- pages -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- pages
+
+
 def lines(page: str, wanted: set) -> list:
     return [describe(*element)[0] for element in PageElements(page, wanted).found.values()]
 
 
 def test_elements_are_shown_by_tag_text_and_salient_attributes():
     assert lines(PAGE, {"40", "10", "20", "30"}) == [
-        'button "Book a table" type=button', "input type=text placeholder=City & state input_value=Paris",
-        'select "1 guest 2 guests" name=party', 'a "Menu" aria_label=Open the menu']
+        'button "Book a table" type=button',
+        "input type=text placeholder=City & state input_value=Paris",
+        'select "1 guest 2 guests" name=party',
+        'a "Menu" aria_label=Open the menu',
+    ]
 
 
 def test_text_goes_to_every_open_element_and_only_to_those():
-    page = '<div backend_node_id="1">a<p backend_node_id="2">b<br>c</p>d<p backend_node_id="3"/>e</i></div>f'
+    page = (
+        '<div backend_node_id="1">a<p backend_node_id="2">b<br>c</p>d'
+        '<p backend_node_id="3"/>e</i></div>f'
+    )
     assert lines(page, {"1", "2", "3"}) == ['div "a b c d e"', 'p "b c"', "p"]
-    assert lines('<div backend_node_id="1"><p backend_node_id="2">never closed', {"1", "2"}) == ['div "never closed"', 'p "never closed"']
-    long = "w " * 60
-    assert lines(f'<a backend_node_id="1">{long}</a><select backend_node_id="2">{long}</select>', {"1", "2"}) == [
-        f'a "{("w " * 15).strip()} ..."', f'select "{("w " * 40).strip()} ..."']
+    unclosed = '<div backend_node_id="1"><p backend_node_id="2">never closed'
+    assert lines(unclosed, {"1", "2"}) == ['div "never closed"', 'p "never closed"']
+
+
+def test_long_texts_are_cut_later_in_a_select():
+    words = "w " * 60
+    page = f'<a backend_node_id="1">{words}</a><select backend_node_id="2">{words}</select>'
+    link, select = lines(page, {"1", "2"})
+    assert link == f'a "{"w " * 15}..."'
+    assert select == f'select "{"w " * 40}..."'
 
 
 def test_a_person_s_name_for_an_element():
     found = PageElements(PAGE, {"10", "20", "2"}).found
-    assert describe(*found["10"])[1] == "Book a table" and describe(*found["20"])[1] == "City & state"
+    assert describe(*found["10"])[1] == "Book a table"
+    assert describe(*found["20"])[1] == "City & state"
     assert describe("div", {}, [])[1] == "div"
 
 
-# --- episodes --------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- episodes
+
+
 def test_each_turn_shows_the_actions_before_the_elements_and_the_task(tmp_path):
-    world = make_env("mind2web", data=write(tmp_path), dev=0)
-    episode, first = world.start("d0")
-    assert first == ('Web site: tables\nPrevious actions: none\nElements:\n[0] button "Book a table" type=button\n[1] text "Book a table"\n'
-                     '[2] input type=text placeholder=City & state input_value=Paris\n[3] select "1 guest 2 guests" name=party\n'
-                     '[4] a "Menu" aria_label=Open the menu\nTask: Book a table for 2 guests in New York')
-    second = episode.step("Action: click [4]")[0]                    # wrong, and the recording goes on
-    assert second.startswith("Web site: tables\nPrevious actions:\n- [x] thing -> a\nElements:\n[0] button")
+    episode, first = open_world(tmp_path).start("d0")
+    assert first == (
+        "Web site: tables\n"
+        "Previous actions: none\n"
+        "Elements:\n"
+        '[0] button "Book a table" type=button\n'
+        '[1] text "Book a table"\n'
+        "[2] input type=text placeholder=City & state input_value=Paris\n"
+        '[3] select "1 guest 2 guests" name=party\n'
+        '[4] a "Menu" aria_label=Open the menu\n'
+        "Task: Book a table for 2 guests in New York"
+    )
+    # A wrong action: the recording goes on.
+    second = episode.step("Action: click [4]")[0]
+    so_far = "Web site: tables\nPrevious actions:\n- [x] thing -> a\nElements:\n[0] button"
+    assert second.startswith(so_far)
 
 
 def test_only_the_last_five_actions_are_shown(tmp_path):
-    world = make_env("mind2web", data=write(tmp_path, test=[task("d0", [action(f"u{i}", "CLICK", ["10"]) for i in range(8)])]), dev=0)
+    clicks = [action(f"u{i}", "CLICK", ["10"]) for i in range(8)]
+    world = open_world(tmp_path, test=[task("d0", clicks)])
     last = play(world, "d0", *["click [0]"] * 7)[-1][0]
-    assert [f"> u{i}" in last for i in range(8)] == [False, False, True, True, True, True, True, False]
+    assert [i for i in range(8) if f"> u{i}" in last] == [2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("actions, element, f1, success, valid", [
-    (["click [0]", "type [2] New York", "select [3] 2 guests", "click [4]"], 1, 1, 1, True),
-    (["click [1]", "TYPE [2] New York.", "Select 3 \"2 guests\"", "click 4 please"], 1, 1, 1, True),     # a nested right element, tolerance
-    (["click [1]", "type [2] York", "select [3] 2 guests", "click [4]"], 1, (3 + 0.8) / 4, 3 / 4, True),  # {TYPE, York}: 2 * 2 / (2 + 3)
-    (["click [1]", "click [2]", "select [2] 2 guests", "type [4] x"], 3 / 4, 2 / 4, 1 / 4, True),
-    (["hello", "type [9] New York", "select [3] 2 guests", "I give up"], 1 / 4, 1 / 4, 1 / 4, False),
-])
+@pytest.mark.parametrize(
+    "actions, element, f1, success, valid",
+    [
+        ("click [0]; type [2] New York; select [3] 2 guests; click [4]", 1, 1, 1, True),
+        # A nested right element, and tolerance.
+        ('click [1]; TYPE [2] New York.; Select 3 "2 guests"; click 4 please', 1, 1, 1, True),
+        # {TYPE, York}: 2 * 2 / (2 + 3).
+        ("click [1]; type [2] York; select [3] 2 guests; click [4]", 1, 3.8 / 4, 3 / 4, True),
+        ("click [1]; click [2]; select [2] 2 guests; type [4] x", 3 / 4, 2 / 4, 1 / 4, True),
+        ("hello; type [9] New York; select [3] 2 guests; I give up", 1 / 4, 1 / 4, 1 / 4, False),
+    ],
+)
 def test_metrics_by_hand(tmp_path, actions, element, f1, success, valid):
-    world = make_env("mind2web", data=write(tmp_path), dev=0)
-    steps = play(world, "d0", *actions)
-    assert [done for _, _, done, _ in steps] == [False] * 3 + [True] and world.max_steps("d0") == 4
-    assert steps[-1][1] == pytest.approx(element)
-    assert steps[-1][3] == {"valid": valid, "operation_f1": pytest.approx(f1), "step_success": pytest.approx(success)}
-    assert all(a[1] <= b[1] for a, b in zip(steps, steps[1:]))
+    world = open_world(tmp_path)
+    steps = play(world, "d0", *actions.split("; "))
+    assert [done for _, _, done, _ in steps] == [False] * 3 + [True]
+    assert world.max_steps("d0") == 4
+    _, reward, _, info = steps[-1]
+    assert reward == pytest.approx(element)
+    assert info["valid"] == valid
+    assert info["operation_f1"] == pytest.approx(f1)
+    assert info["step_success"] == pytest.approx(success)
+    assert set(info) == {"valid", "operation_f1", "step_success"}
+    rewards = [reward for _, reward, _, _ in steps]
+    assert rewards == sorted(rewards)
 
 
-@pytest.mark.parametrize("predicted, wanted, expected", [
-    ("CLICK ", "CLICK ", 1), ("CLICK ", "TYPE x", 0), ("TYPE new york", "TYPE york new", 1), ("TYPE new new", "TYPE new", 1),
-    ("TYPE a b", "TYPE a c d", 2 * 2 / (3 + 4)), ("TYPE New", "TYPE new", 0.5), ("", "", 1), ("", "CLICK", 0)])
+@pytest.mark.parametrize(
+    "predicted, wanted, expected",
+    [
+        ("CLICK ", "CLICK ", 1),
+        ("CLICK ", "TYPE x", 0),
+        ("TYPE new york", "TYPE york new", 1),
+        ("TYPE new new", "TYPE new", 1),
+        ("TYPE a b", "TYPE a c d", 2 * 2 / (3 + 4)),
+        ("TYPE New", "TYPE new", 0.5),
+        ("", "", 1),
+        ("", "CLICK", 0),
+    ],
+)
 def test_operation_f1(predicted, wanted, expected):
     assert operation_f1(predicted, wanted) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("Action: click [3]", ("CLICK", 3, "")), ("Action: CLICK[3] the button", ("CLICK", 3, "")), ("action: type 12: a b", ("TYPE", 12, "a b")),
-    ("Action: type [1] [a b]", ("TYPE", 1, "a b")), ("Action: type [1]", ("TYPE", 1, "")), ("Action: `select [0] 'x'`", ("SELECT", 0, "x")),
-    ("Action: hover [1]", None), ("Action: click the button", None), ("click [1]", None), ("Action: click [-1]", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Action: click [3]", ("CLICK", 3, "")),
+        ("Action: CLICK[3] the button", ("CLICK", 3, "")),
+        ("action: type 12: a b", ("TYPE", 12, "a b")),
+        ("Action: type [1] [a b]", ("TYPE", 1, "a b")),
+        ("Action: type [1]", ("TYPE", 1, "")),
+        ("Action: `select [0] 'x'`", ("SELECT", 0, "x")),
+        ("Action: hover [1]", None),
+        ("Action: click the button", None),
+        ("click [1]", None),
+        ("Action: click [-1]", None),
+        ("", None),
+    ],
+)
 def test_actions_are_read_with_tolerance(text, expected):
     assert web_action(text) == expected
 
 
 def test_after_the_end_nothing_changes(tmp_path):
-    world = make_env("mind2web", data=write(tmp_path), dev=0)
-    *_, last, after = play(world, "d0", *["click [0]"] * 5)
-    assert after == last[:3] + ({**last[3], "valid": False},) and after[0] == "The task is over."
+    *_, last, after = play(open_world(tmp_path), "d0", *["click [0]"] * 5)
+    assert after[:3] == last[:3]
+    assert after[3] == {**last[3], "valid": False}
+    assert after[0] == "The task is over."
 
 
-# --- candidates ------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- candidates
+
+
 def ranked(*orders: str, name: str = "d0") -> dict:
-    return {f"{name}_{uid}": {node: rank for rank, node in enumerate(order.split())} for uid, order in zip("abcd", orders)}
+    """The ranks of a task's four actions: for each the nodes, best first."""
+    ranks = {}
+    for uid, order in zip("abcd", orders):
+        ranks[f"{name}_{uid}"] = {node: rank for rank, node in enumerate(order.split())}
+    return ranks
 
 
 def test_the_best_ranked_elements_are_shown_in_the_page_s_order(tmp_path):
     ranks = ranked("40 10 20", "40 10 20", "30 10 12", "40 10 12")
-    world = make_env("mind2web", data=write(tmp_path, ranks=ranks), dev=0, candidates=2)
-    episode, first = world.start("d0")
-    assert '[0] button "Book a table" type=button\n[1] a "Menu"' in first and "[2]" not in first
-    assert world.expert("d0") is None                                # the second page does not show the input
-    steps = [episode.step(f"Action: {a}") for a in ("click [0]", "type [1] New York", "select [1] 2 guests", "click [1]")]
-    assert [s[1] for s in steps] == [0.25, 0.25, 0.5, 0.75]          # a step without its element is wrong in all three
+    world = open_world(tmp_path, ranks=ranks, candidates=2)
+    _, first = world.start("d0")
+    assert '[0] button "Book a table" type=button\n[1] a "Menu"' in first
+    assert "[2]" not in first
+    # The second page does not show the input, so this step is wrong in all three metrics.
+    assert world.expert("d0") is None
+    actions = ("click [0]", "type [1] New York", "select [1] 2 guests", "click [1]")
+    steps = play(world, "d0", *actions)
+    assert [reward for _, reward, _, _ in steps] == [0.25, 0.25, 0.5, 0.75]
     assert steps[-1][3] == {"valid": True, "operation_f1": 0.75, "step_success": 0.75}
 
 
 def test_train_pages_always_show_the_annotated_element(tmp_path):
-    ranks = {key: nodes for name in ("t0", "t1", "t2", "t3", "d0")
-             for key, nodes in ranked("40 12 20", "40 10 20", "10 12 20", "10 12 20", name=name).items()}
-    world = make_env("mind2web", data=write(tmp_path, ranks=ranks), dev=0, candidates=2)
+    ranks = {}
+    for name in ("t0", "t1", "t2", "t3", "d0"):
+        ranks |= ranked("40 12 20", "40 10 20", "10 12 20", "10 12 20", name=name)
+    world = open_world(tmp_path, ranks=ranks, candidates=2)
     expert = world.expert("t0")
-    assert expert.reward == 1 and world.expert("d0") is None
-    assert [s.observation.count("\n[") for s in expert.steps] == [2, 2, 2, 2]
-    assert '[0] text "Book' in expert.steps[0].observation           # an element within counts, so nothing is replaced there
+    assert expert.reward == 1
+    assert world.expert("d0") is None
+    assert [step.observation.count("\n[") for step in expert.steps] == [2, 2, 2, 2]
+    # An element within the annotated one counts, so nothing is replaced here.
+    assert '[0] text "Book' in expert.steps[0].observation
 
 
 def test_without_ranks_the_annotated_element_is_among_others_drawn_alike_each_time(tmp_path):
     many = action("a", "CLICK", ["10"])
-    many["neg_candidates"] += [candidate(str(n)) for n in range(100, 200)]
-    folder = write(tmp_path, test=[task("d0", [many])])
-    one, two = (make_env("mind2web", data=folder, dev=0, candidates=5) for _ in range(2))
-    assert one.start("d0")[1] == two.start("d0")[1] and one.start("d0")[1].count("\n[") == 5
-    nodes = [tuple(one.candidates("d0", {**many, "action_uid": uid})) for uid in "az"]
-    assert nodes[0] != nodes[1] and all(n[0] == "10" and len(set(n)) == 5 for n in nodes)
+    many["neg_candidates"] += [candidate(str(node)) for node in range(100, 200)]
+    one = open_world(tmp_path, test=[task("d0", [many])], candidates=5)
+    two = open_world(tmp_path, test=[task("d0", [many])], candidates=5)
+    _, first = one.start("d0")
+    assert two.start("d0")[1] == first
+    assert first.count("\n[") == 5
+    nodes = list(one.candidates("d0", many))
+    other_nodes = list(one.candidates("d0", {**many, "action_uid": "z"}))
+    assert nodes != other_nodes
+    for shown in (nodes, other_nodes):
+        assert shown[0] == "10"
+        assert len(set(shown)) == 5
     assert one.expert("d0").reward == 1
 
 
@@ -180,8 +296,9 @@ def test_score_files_with_numpy_numbers_are_read(tmp_path, number, protocol):
     ranks = collections.defaultdict(dict)
     for key, nodes in ranked("12 10", "20", "30", "10 40").items():
         ranks[key].update({node: number(rank) for node, rank in nodes.items()})
-    data = pickle.dumps({"scores": {"d0_a": {"12": np.float32(0.5), "10": np.float64(-1)}}, "ranks": ranks}, protocol=protocol)
-    world = make_env("mind2web", data=write(tmp_path, ranks=data), dev=0, candidates=1)
+    scores = {"d0_a": {"12": np.float32(0.5), "10": np.float64(-1)}}
+    data = pickle.dumps({"scores": scores, "ranks": ranks}, protocol=protocol)
+    world = open_world(tmp_path, ranks=data, candidates=1)
     assert world.ranked == {"d0_a": ["12"], "d0_b": ["20"], "d0_c": ["30"], "d0_d": ["10"]}
 
 
@@ -190,93 +307,161 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-@pytest.mark.parametrize("data", [pickle.dumps({"ranks": Evil()}), b"", b"\x80\x04nonsense", pickle.dumps([1]), pickle.dumps({"scores": {}}),
-                                  pickle.dumps({"ranks": {"a": 1}}), pickle.dumps({"ranks": {"a": {"1": "x"}}}), pickle.dumps({"ranks": np.zeros(3)}),
-                                  pickle.dumps({"ranks": ranked("12")})[:-20]])
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps({"ranks": Evil()}),
+        b"",
+        b"\x80\x04nonsense",
+        pickle.dumps([1]),
+        pickle.dumps({"scores": {}}),
+        pickle.dumps({"ranks": {"a": 1}}),
+        pickle.dumps({"ranks": {"a": {"1": "x"}}}),
+        pickle.dumps({"ranks": np.zeros(3)}),
+        pickle.dumps({"ranks": ranked("12")})[:-20],
+    ],
+)
 def test_other_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="scores_all_data.pkl: not Mind2Web's score file") as error:
-        make_env("mind2web", data=write(tmp_path, ranks=data), dev=0)
-    assert not (tmp_path / "evil").exists() and "\n" not in str(error.value)
+        open_world(tmp_path, ranks=data)
+    assert not (tmp_path / "evil").exists()
+    assert "\n" not in str(error.value)
 
 
 def test_ranks_of_other_tasks_are_refused(tmp_path):
-    world = make_env("mind2web", data=write(tmp_path, ranks=ranked("10")), dev=0)
+    world = open_world(tmp_path, ranks=ranked("10"))
     with pytest.raises(InputError, match="has no ranks for t0_a"):
         world.start("t0")
 
 
-# --- splits and the expert -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- splits and the expert
+
+
 def test_splits_are_the_folders_and_dev_a_fixed_part_of_train(tmp_path):
-    more = {"test_task/test_task_0.json": [task("k0")], "test_website/a.json": [task("w0")], "test_website/b.json": [task("w1")]}
-    world = make_env("mind2web", data=write(tmp_path, **more), dev=1)
-    assert {s: ids for s, ids in world.splits.items() if s.startswith("test")} == {"test": ["d0"], "test_task": ["k0"], "test_website": ["w0", "w1"]}
-    assert sorted(world.splits["train"] + world.splits["dev"]) == ["t0", "t1", "t2", "t3"] and len(world.splits["dev"]) == 1
-    assert make_env("mind2web", data=str(tmp_path), dev=1).splits == world.splits
-    assert make_env("mind2web", data=str(tmp_path), dev=0).splits["train"] == ["t0", "t1", "t2", "t3"]
-    assert world.task_type("t1") == "Café" and world.task_type("t0") == "Travel"
+    more = {
+        "test_task/test_task_0.json": [task("k0")],
+        "test_website/a.json": [task("w0")],
+        "test_website/b.json": [task("w1")],
+    }
+    world = open_world(tmp_path, dev=1, **more)
+    splits = dict(world.splits)
+    train, dev = splits.pop("train"), splits.pop("dev")
+    assert splits == {"test": ["d0"], "test_task": ["k0"], "test_website": ["w0", "w1"]}
+    assert sorted(train + dev) == ["t0", "t1", "t2", "t3"]
+    assert len(dev) == 1
+    assert open_world(tmp_path, dev=1).splits == world.splits
+    assert open_world(tmp_path, dev=0).splits["train"] == ["t0", "t1", "t2", "t3"]
+    assert world.task_type("t1") == "Café"
+    assert world.task_type("t0") == "Travel"
 
 
 def test_steps_without_an_element_are_skipped_in_train_and_wrong_in_test(tmp_path):
-    lost = [action("a", "CLICK", ["10"]), action("b", "CLICK", []), action("c", "TYPE", ["20"], "x")]
-    world = make_env("mind2web", data=write(tmp_path, train=[task("t0", lost), task("t1", [lost[1]])], test=[task("d0", lost)]), dev=0)
-    assert "t1" not in world.splits["train"] and world.max_steps("t0") == 2 and world.max_steps("d0") == 3
-    assert world.expert("t0").reward == 1 and "- [x] thing -> b" in world.expert("t0").steps[1].observation
+    found = action("a", "CLICK", ["10"])
+    lost = action("b", "CLICK", [])
+    typed = action("c", "TYPE", ["20"], "x")
+    actions = [found, lost, typed]
+    train = [task("t0", actions), task("t1", [lost])]
+    world = open_world(tmp_path, train=train, test=[task("d0", actions)])
+    assert "t1" not in world.splits["train"]
+    assert world.max_steps("t0") == 2
+    assert world.max_steps("d0") == 3
+    expert = world.expert("t0")
+    assert expert.reward == 1
+    assert "- [x] thing -> b" in expert.steps[1].observation
     assert world.expert("d0") is None
-    assert play(world, "d0", "click [0]", "click [0]", "type [2] x")[-1][1] == pytest.approx(2 / 3)
+    last = play(world, "d0", "click [0]", "click [0]", "type [2] x")[-1]
+    assert last[1] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("value", ["New York.", "a  b\n c", "[x] y", "`code`", '"quoted"', "* star *", "", "4.50", ": x", "2"])
+@pytest.mark.parametrize(
+    "value",
+    ["New York.", "a  b\n c", "[x] y", "`code`", '"quoted"', "* star *", "", "4.50", ": x", "2"],
+)
 def test_the_annotated_actions_earn_everything_whatever_their_value(tmp_path, value):
-    world = make_env("mind2web", data=write(tmp_path, test=[task("d0", [action("a", "TYPE", ["20"], value)])]), dev=0)
-    expert = world.expert("d0")
-    assert expert.reward == 1 and expert.info == {"valid": True, "operation_f1": 1, "step_success": 1}
+    typed = task("d0", [action("a", "TYPE", ["20"], value)])
+    expert = open_world(tmp_path, test=[typed]).expert("d0")
+    assert expert.reward == 1
+    assert expert.info == {"valid": True, "operation_f1": 1, "step_success": 1}
 
 
 def test_the_expert_s_turns(tmp_path):
-    world = make_env("mind2web", data=write(tmp_path), dev=0)
-    expert = world.expert("t0")
-    assert [s.action for s in expert.steps] == [
-        "Thought: To go on with the task I click the 'Book a table' element.\nAction: click [0]",
-        "Thought: The task says 'New York'. Into the 'City & state' element I type 'New York'.\nAction: type [2] New York",
-        "Thought: The task says '2 guests'. In the '1 guest 2 guests' element I select '2 guests'.\nAction: select [3] 2 guests",
-        "Thought: To go on with the task I click the 'Menu' element.\nAction: click [4]"]
-    assert world.example in prompt_messages(world)[0]["content"] and world.example.count("Action: ") == 4
+    world = open_world(tmp_path)
+    thoughts, actions = [], []
+    for step in world.expert("t0").steps:
+        thought, acted = step.action.split("\n")
+        thoughts.append(thought)
+        actions.append(acted)
+    assert thoughts == [
+        "Thought: To go on with the task I click the 'Book a table' element.",
+        "Thought: The task says 'New York'. Into the 'City & state' element I type 'New York'.",
+        "Thought: The task says '2 guests'. In the '1 guest 2 guests' element I select '2 guests'.",
+        "Thought: To go on with the task I click the 'Menu' element.",
+    ]
+    assert actions == [
+        "Action: click [0]",
+        "Action: type [2] New York",
+        "Action: select [3] 2 guests",
+        "Action: click [4]",
+    ]
+    assert world.example in prompt_messages(world)[0]["content"]
+    assert world.example.count("Action: ") == 4
 
 
 def test_episodes_side_by_side_do_not_mix(tmp_path):
-    folder = write(tmp_path, train=[task(f"t{i + 10}", confirmed_task=f"task {i}") for i in range(20)])
-    world = make_env("mind2web", data=folder, dev=0)
+    train = [task(f"t{i + 10}", confirmed_task=f"task {i}") for i in range(20)]
+    world = open_world(tmp_path, train=train)
     alone = [world.expert(name) for name in world.tasks]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(world.expert, world.tasks)) == alone
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- bad input
+
+
 def without(key: str) -> dict:
     return {name: value for name, value in task("t0").items() if name != key}
 
 
-@pytest.mark.parametrize("train, words", [
-    ("", "broken JSON"), ("[{", "broken JSON"), (json.dumps([task("t0")])[:-1], "broken JSON"), ("[1]", "broken JSON"),
-    ([without("annotation_id")], "annotation_id"), ([task("t0"), without("confirmed_task")], "task 1, counted from 0"),
-    ([task("t0"), task("t0")], "another task's id"), ([task("t2")], "another task's id"), ([task("t0", action_reprs=[])], "0 action_reprs"),
-    ([task("t0", [action("a", "DRAG", ["10"])])], "DRAG"), ([task("t0", [{"action_uid": "a"}])], "operation"),
-    ([task("t0", [{**action("a", "CLICK", ["10"]), "cleaned_html": None}])], "None where text should be"),
-    ([task("t0", [{**action("a", "CLICK", []), "pos_candidates": [{"tag": "a"}]}])], "backend_node_id"),
-    ([task("t0", domain=3)], "3 where text should be"), ([{**task("t0"), "actions": "none"}], "TypeError"),
-])
+def one_action(uid: str = "a", operation: str = "CLICK", **changes) -> list:
+    return [task("t0", [{**action(uid, operation, ["10"]), **changes}])]
+
+
+@pytest.mark.parametrize(
+    "train, words",
+    [
+        ("", "broken JSON"),
+        ("[{", "broken JSON"),
+        (json.dumps([task("t0")])[:-1], "broken JSON"),
+        ("[1]", "broken JSON"),
+        ([without("annotation_id")], "annotation_id"),
+        ([task("t0"), without("confirmed_task")], "task 1, counted from 0"),
+        ([task("t0"), task("t0")], "another task's id"),
+        ([task("t2")], "another task's id"),
+        ([task("t0", action_reprs=[])], "0 action_reprs"),
+        (one_action(operation="DRAG"), "DRAG"),
+        ([task("t0", [{"action_uid": "a"}])], "operation"),
+        (one_action(cleaned_html=None), "None where text should be"),
+        (one_action(pos_candidates=[{"tag": "a"}]), "backend_node_id"),
+        ([task("t0", domain=3)], "3 where text should be"),
+        ([{**task("t0"), "actions": "none"}], "TypeError"),
+    ],
+)
 def test_broken_files_are_refused_in_one_line(tmp_path, train, words):
     folder = write(tmp_path)
-    (tmp_path / "train" / "train_0.json").write_text(train if isinstance(train, str) else json.dumps(train))
+    text = train if isinstance(train, str) else json.dumps(train)
+    (tmp_path / "train" / "train_0.json").write_text(text)
     with pytest.raises(InputError) as error:
         make_env("mind2web", data=folder)
-    assert words in str(error.value) and ".json: " in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert ".json: " in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_absent_files_unknown_tasks_and_bad_options(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPAGENT_DATA", str(tmp_path))
-    with pytest.raises(InputError, match="mind2web/train: has no .json files; get from .* osunlp/Mind2Web .* test.zip"):
+    source = "mind2web/train: has no .json files; .* osunlp/Mind2Web, its test.zip"
+    with pytest.raises(InputError, match=source):
         make_env("mind2web")
     (tmp_path / "mind2web").mkdir()
     write(tmp_path / "mind2web")

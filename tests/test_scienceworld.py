@@ -1,4 +1,5 @@
-"""ETO's lists; and ScienceWorld itself, which needs `pip install -r requirements-envs.txt` and Java, and is skipped without them."""
+"""ETO's lists, and ScienceWorld itself where its package (requirements-envs.txt) and Java are."""
+
 import importlib.util
 import json
 import os
@@ -7,65 +8,113 @@ from pathlib import Path
 
 import pytest
 
-from envs import SCIENCEWORLD_STEPS, ScienceWorld, make_env
-from rollout import InputError
+from benchmarks.scienceworld import MAX_STEPS, ScienceWorld, read_eto_lists
+from envs import make_env
+from trajectory import InputError
 
-simulator = pytest.mark.skipif(importlib.util.find_spec("scienceworld") is None or not shutil.which("java"),
-                               reason="pip install -r requirements-envs.txt, and install Java")
-needs_data = pytest.mark.skipif(not (Path(os.environ.get("STEPAGENT_DATA", "-")) / "scienceworld").is_dir(),
-                                reason="STEPAGENT_DATA names no folder with scienceworld/")
-LISTS = {"train": [["task-1-boil", 3], ["task-10-use-thermometer", 4], ["task-1-boil", 1]],
-         "dev": [["task-2a-test-conductivity", 7], ["task-6-lifespan-(longest-lived-then-shortest-lived)", 2]],
-         "test": [["task-9-mendellian-genetics-(known-plant)", 5], ["task-6-lifespan-(longest-lived)", 0]]}
+simulator = pytest.mark.skipif(
+    importlib.util.find_spec("scienceworld") is None or not shutil.which("java"),
+    reason="pip install -r requirements-envs.txt, and install Java",
+)
+needs_data = pytest.mark.skipif(
+    not (Path(os.environ.get("STEPAGENT_DATA", "-")) / "scienceworld").is_dir(),
+    reason="STEPAGENT_DATA names no folder with scienceworld/",
+)
+LISTS = {
+    "train": [["task-1-boil", 3], ["task-10-use-thermometer", 4], ["task-1-boil", 1]],
+    "dev": [
+        ["task-2a-test-conductivity", 7],
+        ["task-6-lifespan-(longest-lived-then-shortest-lived)", 2],
+    ],
+    "test": [
+        ["task-9-mendellian-genetics-(known-plant)", 5],
+        ["task-6-lifespan-(longest-lived)", 0],
+    ],
+}
 
 
 def write_lists(folder, **changed):
     for part, rows in (LISTS | changed).items():
-        (folder / f"{part}_indices.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        text = rows if isinstance(rows, str) else json.dumps(rows)
+        (folder / f"{part}_indices.json").write_text(text)
 
 
-# ---- ETO's lists, without the simulator
+# ---------------------------------------------------------------------------- ETO's lists
 
-def test_eto_s_lists_are_read_with_today_s_names(tmp_path):
+
+def test_eto_s_lists_are_read_with_the_package_s_names(tmp_path):
     write_lists(tmp_path)
-    assert ScienceWorld.eto(str(tmp_path)) == {
-        "train": {"boil": [3, 1], "use-thermometer": [4]}, "dev": {"test-conductivity": [7], "lifespan-longest-lived-then-shortest-lived": [2]},
-        "test": {"mendelian-genetics-known-plant": [5], "lifespan-longest-lived": [0]}}
+    assert read_eto_lists(str(tmp_path)) == {
+        "train": {"boil": [3, 1], "use-thermometer": [4]},
+        "dev": {"test-conductivity": [7], "lifespan-longest-lived-then-shortest-lived": [2]},
+        "test": {"mendelian-genetics-known-plant": [5], "lifespan-longest-lived": [0]},
+    }
 
 
-@pytest.mark.parametrize("rows", ["", "{", "{}", "[]", "[1]", '[["task-1-boil"]]', '[["task-1-boil", "1"]]', '[["task-1-boil", -1]]', '[["a", true]]'])
+BROKEN_LISTS = [
+    "",
+    "{",
+    "{}",
+    "[]",
+    "[1]",
+    '[["task-1-boil"]]',
+    '[["task-1-boil", "1"]]',
+    '[["task-1-boil", -1]]',
+    '[["a", true]]',
+]
+
+
+@pytest.mark.parametrize("rows", BROKEN_LISTS)
 def test_broken_lists_are_reported_with_their_file(tmp_path, rows):
     write_lists(tmp_path, dev=rows)
     with pytest.raises(InputError, match="dev_indices.json"):
-        ScienceWorld.eto(str(tmp_path))
+        read_eto_lists(str(tmp_path))
 
 
 def test_absent_lists_are_reported_with_where_to_get_them(tmp_path):
     with pytest.raises(InputError, match="train_indices.json: cannot be read .* ETO"):
-        ScienceWorld.eto(str(tmp_path))
+        read_eto_lists(str(tmp_path))
+
+
+def test_without_a_folder_the_lists_are_asked_for(monkeypatch):
+    monkeypatch.delenv("STEPAGENT_DATA", raising=False)
+    with pytest.raises(InputError, match="train_indices.json.* data=FOLDER.* STEPAGENT_DATA"):
+        ScienceWorld(split="eto")
 
 
 @needs_data
-def test_the_real_lists_and_step_limits_are_eto_s():
+def test_the_real_lists_and_step_limits_are_eto_s(tmp_path):
     folder = Path(os.environ["STEPAGENT_DATA"]) / "scienceworld"
-    lists = ScienceWorld.eto(str(folder))
-    assert {part: sum(map(len, tasks.values())) for part, tasks in lists.items()} == {"train": 1483, "dev": 194, "test": 211}
-    ids = [{(name, x) for name, found in tasks.items() for x in found} for tasks in lists.values()]
-    assert not ids[0] & ids[2] and not ids[1] & ids[2] and len(ids[0] & ids[1]) == 54               # ETO's dev overlaps with its train
-    renamed = {ScienceWorld.today(name): steps for name, steps in json.loads((folder / "max_steps.json").read_text()).items()}
-    assert renamed == SCIENCEWORLD_STEPS and set(lists["train"]) == set(renamed)
+    lists = read_eto_lists(str(folder))
+    sizes = {part: sum(map(len, tasks.values())) for part, tasks in lists.items()}
+    assert sizes == {"train": 1483, "dev": 194, "test": 211}
+
+    ids = {}
+    for part, tasks in lists.items():
+        ids[part] = {(name, variation) for name, found in tasks.items() for variation in found}
+    assert not ids["train"] & ids["test"]
+    assert not ids["dev"] & ids["test"]
+    assert len(ids["train"] & ids["dev"]) == 54
+
+    limits = json.loads((folder / "max_steps.json").read_text())
+    write_lists(tmp_path, train=[[name, 0] for name in limits])
+    package_names = read_eto_lists(str(tmp_path))["train"]
+    assert dict(zip(package_names, limits.values(), strict=True)) == MAX_STEPS
+    assert set(lists["train"]) == set(MAX_STEPS)
 
 
-# ---- the simulator
+# ---------------------------------------------------------------------------- the simulator
+
 
 @pytest.fixture(scope="module")
 def world():
-    return make_env("scienceworld", workers=0, tasks="lifespan-longest-lived,find-plant,power-component", variations=2)
+    return ScienceWorld("lifespan-longest-lived,find-plant,power-component", variations=2)
 
 
 @simulator
 def test_splits_are_the_package_s_and_disjoint(world):
-    assert {split: len(ids) for split, ids in world.splits.items()} == {"train": 6, "dev": 6, "test": 6}
+    sizes = {part: len(ids) for part, ids in world.splits.items()}
+    assert sizes == {"train": 6, "dev": 6, "test": 6}
     assert len(set(sum(world.splits.values(), []))) == 18
 
 
@@ -73,28 +122,35 @@ def test_splits_are_the_package_s_and_disjoint(world):
 def test_the_gold_path_earns_full_reward(world):
     for task in world.splits["train"][::2] + world.splits["test"][::2]:
         expert = world.expert(task)
-        assert expert.reward == 1 and len(expert.steps) <= world.max_steps(task)
-        assert all(s.action.startswith("Thought: ") and "\nAction: " in s.action for s in expert.steps)
+        assert expert.reward == 1
+        assert len(expert.steps) <= world.max_steps(task)
+        for step in expert.steps:
+            assert step.action.startswith("Thought: ")
+            assert "\nAction: " in step.action
 
 
 @simulator
 def test_episodes_are_deterministic_and_side_by_side(world):
     task = world.splits["dev"][0]
-    actions = [s.action for s in world.expert(task).steps]
-    (one, first), (two, second) = world.start(task), world.start(task)
+    actions = [step.action for step in world.expert(task).steps]
+    one, first = world.start(task)
+    two, second = world.start(task)
     assert first == second
     for action in actions:
         assert one.step(action) == two.step(action)
-    one.close(), two.close()
+    one.close()
+    two.close()
 
 
 @simulator
 def test_the_reward_is_the_best_score_and_a_wrong_focus_ends_the_episode(world):
     episode, _ = world.start("find-plant/0")
-    before = episode.step("Action: look around")
-    assert before[2] is False and before[3] == {"valid": True}
+    _, before, done, info = episode.step("Action: look around")
+    assert done is False
+    assert info == {"valid": True}
     _, reward, done, _ = episode.step("Action: focus on air")
-    assert done and reward == before[1] >= 0
+    assert done
+    assert reward == before >= 0
 
 
 @simulator
@@ -102,12 +158,17 @@ def test_an_invalid_action_is_said_to_be_and_costs_nothing(world):
     episode, _ = world.start("find-plant/0")
     for text in ("Action: sing a song", "I do not know"):
         observation, _, done, info = episode.step(text)
-        assert observation.startswith("No known action") and not done and info == {"valid": False}
+        assert observation.startswith("No known action")
+        assert not done
+        assert info == {"valid": False}
     episode.close()
 
 
 @simulator
-@pytest.mark.parametrize("options", [{"tasks": "cook"}, {"variations": 0}, {"simplification": "simple"}, {"split": "ours"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tasks": "cook"}, {"variations": 0}, {"simplification": "simple"}, {"split": "ours"}],
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(InputError):
         make_env("scienceworld", **options)
@@ -118,8 +179,11 @@ def test_eto_s_split_keeps_its_tasks_and_refuses_what_the_package_lacks(tmp_path
     write_lists(tmp_path)
     env = make_env("scienceworld", workers=0, split="eto", data=str(tmp_path))
     assert set(env.splits["train"]) == {"boil/3", "boil/1", "use-thermometer/4"}
-    assert set(env.splits["test"]) == {"mendelian-genetics-known-plant/5", "lifespan-longest-lived/0"}
-    for changed in [["task-1-boil", 10 ** 6]], [["task-1-cook", 0]]:
+    assert set(env.splits["test"]) == {
+        "mendelian-genetics-known-plant/5",
+        "lifespan-longest-lived/0",
+    }
+    for changed in [["task-1-boil", 10**6]], [["task-1-cook", 0]]:
         write_lists(tmp_path, train=changed)
         with pytest.raises(InputError, match="no variation|cook"):
             make_env("scienceworld", workers=0, split="eto", data=str(tmp_path))
@@ -134,8 +198,11 @@ def test_a_killed_simulator_is_started_anew_and_its_episode_replayed():
     undisturbed = [here.step(action)[:3] for action in actions]
     episode, _ = env.start(task)
     steps = [episode.step(actions[0])]
-    children = Path(f"/proc/{env.workers[0].process.pid}/task/{env.workers[0].process.pid}/children").read_text().split()
-    os.kill(int(children[0]), 9)                                     # the Java process itself
+    # The worker's child is the Java process itself.
+    worker = env.workers[0].process.pid
+    children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    os.kill(int(children[0]), 9)
     steps += [episode.step(action) for action in actions[1:]]
-    assert [step[:3] for step in steps] == undisturbed and steps[-1][3]["restarts"] == 1
+    assert [step[:3] for step in steps] == undisturbed
+    assert steps[-1][3]["restarts"] == 1
     env.workers[0].end()

@@ -1,0 +1,158 @@
+"""How the benchmarks read their files. Every error names the file, the row and the remedy.
+
+Rows are checked with need(condition, where, problem); `where` says which file and row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+
+from trajectory import InputError
+
+
+def need(condition: bool, where: str, problem: str) -> None:
+    """InputError("where: problem") unless the condition holds."""
+    if not condition:
+        raise InputError(f"{where}: {problem}")
+
+
+def kind(name: str) -> str:
+    """The kind of a numbered thing: "mug 2" -> "mug"."""
+    return name.rsplit(" ", 1)[0]
+
+
+def benchmark_folder(name: str, data: str | None, files: str) -> str:
+    """The folder with a benchmark's files: the option data, else $STEPAGENT_DATA/name.
+
+    files: what the benchmark needs, for the error message.
+    """
+    root = os.environ.get("STEPAGENT_DATA")
+    need(
+        bool(data or root),
+        name,
+        f"no data; it needs {files}; give their folder as the option data=FOLDER, or set "
+        f"STEPAGENT_DATA to the folder that has them in {name}/",
+    )
+    # --env-options makes a number of a folder's name that looks like one.
+    return str(data) if data else os.path.join(root, name)
+
+
+def read_contents(path: str, what: str) -> str:
+    """The text of a user's file; `what` says in an error what the file should be."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        # ValueError: a NUL in the path.
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); give the path of {what}") from None
+
+
+def parse_json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise InputError(
+            f"{where}: broken JSON ({error.msg}, {line}column {error.colno}); "
+            "is the file cut off, or neither a JSON list nor JSONL?"
+        ) from None
+    except (RecursionError, ValueError):
+        # Nested too deep, or a number of thousands of digits.
+        raise InputError(
+            f"{where}: JSON nested too deep or with an endless number; expected plain trajectories"
+        ) from None
+
+
+def load_json(path: str):
+    """A downloaded JSON file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+    return parse_json(text, path)
+
+
+def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, int]]:
+    """(object, its first byte, its number of bytes) of each object in a JSON list.
+
+    Reads `chunk` characters at a time: files of several GB never are in memory as a whole.
+    """
+    before_object = re.compile(r"[\s,\[]*(?=\{)")
+    decoder = json.JSONDecoder()
+    # text[start:] is not parsed yet; its first character is byte `offset` of the file.
+    text, start, offset = "", 0, 0
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while True:
+                more = file.read(chunk)
+                text, start = text[start:] + more, 0
+                while match := before_object.match(text, start):
+                    try:
+                        row, end = decoder.raw_decode(text, match.end())
+                    except json.JSONDecodeError:
+                        # The object goes on in the next chunk.
+                        break
+                    first_byte = offset + match.end() - start
+                    size = len(text[match.end() : end].encode())
+                    yield row, first_byte, size
+                    start, offset = end, first_byte + size
+                if not more:
+                    break
+    except (OSError, ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, or a number of thousands of digits.
+        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
+    need(
+        re.fullmatch(r"[\s\[]*\]\s*", text[start:]) is not None,
+        path,
+        f"broken JSON near {text[start : start + 40]!r}; it should be a list of objects; "
+        "download it again",
+    )
+
+
+# ---------------------------------------------------------------------------- fields of a row
+
+
+def text_of(row: dict, key: str, where: str) -> str:
+    need(key in row, where, f"{key!r} is missing; it must be text")
+    need(isinstance(row[key], str), where, f"{key!r} is not text but {type(row[key]).__name__}")
+    need(
+        not re.search("[\ud800-\udfff]", row[key]),
+        where,
+        f"{key!r} holds half of a surrogate pair; re-encode it as UTF-8",
+    )
+    return row[key]
+
+
+def objects_of(row: dict, key: str, where: str) -> list[tuple[dict, str]]:
+    """The list of objects under `key`, each with its place for error messages."""
+    need(isinstance(row.get(key), list), where, f"{key!r} is missing or not a list")
+    found = []
+    for i, item in enumerate(row[key]):
+        need(
+            isinstance(item, dict),
+            where,
+            f"{key}[{i}] is not an object but {type(item).__name__}",
+        )
+        found.append((item, f"{where}, {key}[{i}]"))
+    return found
+
+
+def reward_of(row: dict, where: str) -> float:
+    reward = row["reward"]
+    is_number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
+    # NaN compares false.
+    need(
+        is_number and abs(reward) < 1e9,
+        where,
+        "'reward' is not a finite number; give the final score between 0 and 1",
+    )
+    return float(reward)

@@ -1,0 +1,121 @@
+"""Expert trajectories and the prompt: where they come from, before anything is learnt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from envs import (
+    load_trajectories,
+    prompt_messages,
+    save_trajectories,
+    some,
+    source_file,
+)
+from system.files import read_text
+from system.run_dir import ROOT, RunDir
+from trajectory import InputError, Trajectory
+
+
+def product_files(config) -> list[Path]:
+    """The code that makes the results: a run directory remembers it.
+
+    These are the modules of the repository that are in use, and the file of the environment.
+    """
+    files = {ROOT / "stepagent.py", ROOT / "benchmarks/files.py"}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.parent in (ROOT, ROOT / "system"):
+            files.add(path)
+    return [*sorted(files), source_file(config.env)]
+
+
+def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
+    """The expert trajectories, from --expert or from the environment's own expert.
+
+    plays: the agent plays their tasks, so the environment must know them.
+    """
+    config = run.config
+    if not config.expert:
+        path = run.path("experts.jsonl")
+        # Once: all ranks and later starts must have the same.
+        if run.ranks.rank == 0 and not path.exists():
+            save_trajectories(str(path), show_tasks(run, env))
+        run.ranks.barrier()
+        return load_trajectories(str(path))[: config.experts or None]
+    experts = load_trajectories(config.expert)
+    if hasattr(env, "right"):
+        right = env.right(experts)
+        if not right:
+            raise InputError(
+                f"{config.expert}: none of its {len(experts)} answers is right; give a file of "
+                "successful plays"
+            )
+        if len(right) < len(experts):
+            run.say(
+                f"{config.expert}: {len(experts) - len(right)} of {len(experts)} plays whose "
+                "answer is no exact match are left out"
+            )
+        experts = right
+    experts = experts[: config.experts or None]
+    if plays:
+        tasks = set().union(*env.splits.values())
+        strange = sorted({expert.task_id for expert in experts} - tasks)
+        if strange:
+            raise InputError(
+                f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
+                "plays the tasks of the expert file; name them as the environment does, such as "
+                f"{env.splits['train'][0]!r}"
+            )
+    return experts
+
+
+def show_tasks(run: RunDir, env) -> list[Trajectory]:
+    """The environment's own expert on train tasks; what it does not solve in time is left out."""
+    tasks = some(env.splits["train"], run.config.experts)
+    with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
+        shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
+    solved = [expert for expert in shown if expert is not None and expert.reward >= 1]
+    experts = [expert for expert in solved if len(expert.steps) <= env.max_steps(expert.task_id)]
+    if not experts:
+        raise InputError(f"{run.config.env}: no expert trajectory; give a file with --expert")
+    if len(experts) < len(tasks):
+        run.say(
+            f"expert: {len(tasks)} tasks; {len(tasks) - len(solved)} not solved and "
+            f"{len(solved) - len(experts)} solved in more steps than allowed are left out"
+        )
+    return experts
+
+
+def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
+    """Every conversation's opening; an expert file's own prompts stand, unless --prompt-file."""
+    from_file = bool(config.expert and experts[0].prompt) and not config.prompt_file
+    if config.prompt_file:
+        prompt = read_prompt(config.prompt_file)
+    elif from_file:
+        return experts[0].prompt
+    else:
+        prompt = prompt_messages(env) if config.prompt == "full" else []
+    for expert in experts:
+        expert.prompt = prompt
+    return prompt
+
+
+def read_prompt(path: str) -> list[dict]:
+    """A user's prompt: a JSON list of chat messages, or the instruction as plain text."""
+    text = read_text(Path(path)).strip()
+    if not text:
+        raise InputError(f"{path}: empty; give the instruction, or a JSON list of chat messages")
+    if not text.startswith("["):
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON ({error})") from None
+    for number, message in enumerate(messages):
+        is_message = isinstance(message, dict) and set(message) == {"role", "content"}
+        if not is_message or not all(isinstance(value, str) for value in message.values()):
+            raise InputError(f'{path}: message {number} is not {{"role": text, "content": text}}')
+    return messages

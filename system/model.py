@@ -1,0 +1,259 @@
+"""The policy: read from a Hugging Face folder, saved to one, and adapted with LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from system.files import move_into_place, read_text, write_text
+from system.ranks import Ranks
+from system.run_dir import RunDir
+from system.sharding import fill, placement, shard
+from trajectory import InputError, Trajectory, stable_seed, stop_ids
+from tree import use_tree_attention
+
+# "Loading weights" and "Writing model shards" would stand between our own bars.
+transformers.logging.disable_progress_bar()
+
+
+def load_policy(
+    run: RunDir, ranks: Ranks, experts: list[Trajectory], starts_again: bool = False
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    """The policy with tree attention, and its tokenizer; a run that goes on gets its last policy.
+
+    Weights are float32, those that LoRA freezes have the compute type. experts: the text for the
+    tokenizer of `--model tiny`. starts_again: forget() will be called.
+    """
+    config = run.config
+    base = base_folder(run)
+    if config.model == "tiny" and ranks.rank == 0 and not base.exists():
+        make_tiny(experts, run.path("base.tmp"), config.seed)
+        move_into_place(run.path("base.tmp"), base)
+    ranks.barrier()
+    saved = run.path(run.state["policy"]) if run.state["policy"] else None
+    start = config.init or base
+    # LoRA's adapters are learnt on the weights that the run began with.
+    folder = start if config.lora_rank else saved or start
+    tokenizer = read_tokenizer(folder)
+    # InputError if no token ends a turn.
+    stop_ids(tokenizer)
+    if config.init and starts_again:
+        vocabulary = read_tokenizer(base).get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise InputError(
+                f"--init {config.init}: its tokenizer is not the one of --model {config.model}, "
+                f"from which {config.method} starts again; give the model that it was trained from"
+            )
+    policy = prepare(outline(folder), config)
+    placed = placement(ranks, policy, config)
+    if placed.pieces > 1:
+        whole = prepare(read_policy(folder), config) if ranks.rank == 0 else None
+        shard(ranks, policy, placed, config.dtype)
+        fill(ranks, policy, whole)
+        if not placed.gathers_whole:
+            run.say("no device can hold all weights: passes gather them layer by layer, slowly")
+        return policy, tokenizer
+    half = config.lora_rank and config.dtype == "bfloat16"
+    policy = prepare(read_policy(folder, torch.bfloat16 if half else torch.float32), config)
+    if config.lora_rank and saved:
+        policy.load_state_dict(load_file(saved / "lora.safetensors"), strict=False)
+    return policy.to(ranks.device), tokenizer
+
+
+def prepare(policy: nn.Module, config) -> nn.Module:
+    """InputError where tree attention is not exact for the model."""
+    use_tree_attention(policy)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.seed)
+    if config.checkpointing:
+        settings = {"use_reentrant": False}
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    return policy
+
+
+def forget(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
+    """The policy's weights become those of the model before any imitation."""
+    if run.config.lora_rank:
+        for name, module in policy.named_modules():
+            if isinstance(module, LoRA):
+                module.begin(run.config.seed, name)
+    elif isinstance(policy, FSDPModule):
+        fill(ranks, policy, read_policy(base_folder(run)) if ranks.rank == 0 else None)
+    else:
+        policy.load_state_dict(read_policy(base_folder(run)).state_dict())
+
+
+# ------------------------------------------------------------------------------------- the folder
+
+
+def base_folder(run: RunDir) -> Path | str:
+    """The model before any imitation."""
+    return run.path("base") if run.config.model == "tiny" else run.config.model
+
+
+def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Weights from safetensors alone: nothing in the folder is run as code."""
+    with loading(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+
+
+def read_tokenizer(folder: str | Path) -> transformers.PreTrainedTokenizerBase:
+    with loading(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def outline(folder: str | Path) -> nn.Module:
+    """The model in float32 on the meta device, without storage."""
+    with loading(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@contextmanager
+def loading(folder: str | Path):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"model {folder}: cannot be loaded ({reason}); give a Hugging Face id that this "
+            "machine can reach, or a local folder with config.json, safetensors and tokenizer files"
+        ) from None
+
+
+def save_policy(run: RunDir, ranks: Ranks, policy: nn.Module, tokenizer, target: Path) -> None:
+    """An ordinary Hugging Face folder in float32. Every rank calls this.
+
+    LoRA is merged; lora.safetensors keeps the adapters for later phases.
+    """
+    state, adapters = None, {}
+    if isinstance(policy, FSDPModule):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(policy, options=options)
+    elif run.config.lora_rank and ranks.rank == 0:
+        state, adapters = merged(policy)
+    if ranks.rank == 0:
+        if state is not None:
+            for name in policy.all_tied_weights_keys:
+                state.pop(name, None)
+        beside = target.with_name(target.name + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        policy.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        if adapters:
+            save_file(adapters, beside / "lora.safetensors")
+            # It has the type of the frozen weights.
+            saved = json.loads(read_text(beside / "config.json"))
+            write_text(beside / "config.json", json.dumps(saved | {"dtype": "float32"}, indent=2))
+        move_into_place(beside, target)
+    ranks.barrier()
+
+
+def make_tiny(experts: list[Trajectory], folder: Path, seed: int, width: int = 128) -> None:
+    """A Llama of random weights, 0.9M parameters at width 128, as a Hugging Face folder.
+
+    Its tokenizer is a byte-level BPE of the expert text: in a small world a word is a token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text = []
+    for trajectory in experts:
+        for step in trajectory.steps:
+            text += [step.observation, step.action]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|end|>", *roles],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(text, trainer)
+    names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "additional_special_tokens": roles}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    config = transformers.LlamaConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        # Falls as 1 / sqrt(width): with the library's 0.02 wide models learn to copy late.
+        initializer_range=0.08 * (128 / width) ** 0.5,
+        # Chooses the defaults of stepagent.py.
+        stepagent_preset="tiny",
+    )
+    torch.manual_seed(stable_seed(seed, "tiny"))
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRA(nn.Linear):
+    """W x + 2 B A x (Hu et al., 2021; alpha = 2 R): W [out, in] frozen, A [R, in], B [out, R]."""
+
+    def begin(self, seed: int, name: str) -> None:
+        generator = torch.Generator().manual_seed(stable_seed(seed, "lora", name))
+        uniform = 2 * torch.rand(self.A.shape, generator=generator) - 1
+        with torch.no_grad():
+            self.A.copy_(uniform / self.in_features**0.5)
+            self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 2 * F.linear(F.linear(x, self.A), self.B)
+
+    def whole(self) -> Tensor:
+        return self.weight.float() + 2 * self.B @ self.A
+
+
+def add_lora(policy: nn.Module, rank: int, seed: int) -> None:
+    """Freezes the policy and puts float32 adapters on every linear layer but the head."""
+    policy.requires_grad_(False)
+    for name, module in policy.named_modules():
+        if type(module) is nn.Linear and module is not policy.get_output_embeddings():
+            # The frozen weight stays where it is and keeps its name.
+            module.__class__ = LoRA
+            module.A = nn.Parameter(torch.empty(rank, module.in_features))
+            module.B = nn.Parameter(torch.empty(module.out_features, rank))
+            module.begin(seed, name)
+    if not any(weight.requires_grad for weight in policy.parameters()):
+        family = policy.config.model_type
+        raise InputError(f"--lora-rank: model family {family!r} has no linear layers; leave it out")
+
+
+@torch.no_grad()
+def merged(policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the ordinary model that computes the same, and the adapters; float32, CPU."""
+    state, adapters = {}, {}
+    for name, tensor in policy.state_dict().items():
+        of = adapters if name.endswith((".A", ".B")) else state
+        of[name] = tensor.float().cpu()
+    for name, module in policy.named_modules():
+        if isinstance(module, LoRA):
+            state[f"{name}.weight"] = module.whole().cpu()
+    return state, adapters

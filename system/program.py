@@ -1,0 +1,75 @@
+"""What goes wrong becomes one line and an exit code; a signal stops a run without loss."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from trajectory import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+KEPT = "what was finished is kept, the same command continues"
+LOST_CONNECTION = re.compile("[Cc]onnection|Broken pipe|Socket closed|NCCL|Timed out")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; args[0] is its number."""
+
+
+def program(work: Callable[[], None]) -> None:
+    """Calls work(). Exit code 1 after an error, 128 + its number after a signal."""
+    try:
+        for number in SIGNALS:
+            signal.signal(number, stop)
+        work()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: {error}; {KEPT}")
+    except RuntimeError as error:
+        if not dist.is_initialized() or not LOST_CONNECTION.search(str(error)):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        sys.exit(f"error: another rank is gone, or the connection to it ({reason}); {KEPT}")
+    except Stopped as asked:
+        print(f"stopped; {KEPT}", file=sys.stderr)
+        sys.exit(128 + asked.args[0])
+
+
+def stop(number: int, frame) -> None:
+    exit_soon(number)
+    raise Stopped(number)
+
+
+def exit_soon(number: int) -> None:
+    """Ends the process in 25 s at most: schedulers kill 30 s after their first signal."""
+    timer = threading.Timer(25, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
+
+
+class PostponedSignal:
+    """Inside, Ctrl-C and SIGTERM only leave their number here, for the end of an update."""
+
+    number = 0
+
+    def __enter__(self) -> PostponedSignal:
+        self.usual = {number: signal.signal(number, self._postpone) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def _postpone(self, number: int, frame) -> None:
+        # torchrun passes a scheduler's signal on, so each process gets it twice.
+        if not self.number:
+            exit_soon(number)
+        self.number = number

@@ -1,0 +1,258 @@
+"""The run directory: its lock, its finished phases, its log and its report.
+
+A run is a list of phases. Each leaves its results as files in the directory, and state.json names
+the finished ones, so the same command goes on where an earlier start stopped. What an unfinished
+phase has done is in checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from system.files import read_text, write_text
+from system.ranks import Ranks
+from trajectory import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Options that another start of the same run may change.
+FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
+# What a run writes, beside its lock: what it continues from first, its log last.
+OWN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts.jsonl")
+OWN_FILES += ("eval", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
+REMEDY = "give another --out, or --restart to begin again"
+
+
+class RunDir:
+    """A directory that one run holds until it ends."""
+
+    def __init__(self, config, ranks: Ranks, source_files: list[Path]):
+        """source_files: the code that makes the results."""
+        self.config = config
+        self.ranks = ranks
+        self.out = Path(config.out)
+        # Finished phases, the folder of the last saved policy, the log's length after the phases.
+        self.state = {"done": [], "policy": "", "log_bytes": 0}
+        self.current = ""
+        if ranks.rank == 0:
+            self._lock()
+        self._open({"config": dataclasses.asdict(config), "code": hashes(source_files)})
+        ranks.barrier()
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def has_done(self, name: str) -> bool:
+        return name in self.state["done"]
+
+    def phase(self, name: str, work: Callable, *args, reads: Callable | None = None):
+        """Calls work(*args) unless an earlier start has finished this phase; -> reads(*args).
+
+        Results always come back from disk, so a resumed run goes on from the same bits. Nothing
+        else is to restore: random numbers are seeded by what they are drawn for, and every phase
+        makes its own optimizer.
+        """
+        if not self.has_done(name):
+            self.current = name
+            work(*args)
+            self.ranks.barrier()
+            self.state["done"].append(name)
+            if self.ranks.rank == 0:
+                with open(self.path("metrics.jsonl"), "ab") as file:
+                    os.fsync(file.fileno())
+                    self.state["log_bytes"] = file.tell()
+                write_text(self.path("state.json"), json.dumps(self.state))
+                self._remove_old_weights()
+            self.ranks.barrier()
+        return reads(*args) if reads else None
+
+    def _remove_old_weights(self) -> None:
+        """The last two iterations keep their policy, a finished phase needs no checkpoints."""
+        policies = sorted(
+            self.out.glob("iter_*/policy"), key=lambda path: int(path.parent.name[5:])
+        )
+        for folder in policies[:-2]:
+            shutil.rmtree(folder)
+        shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
+
+    def say(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            tqdm.write(text)
+
+    def bar(self, what, label: str, total: int | None = None) -> tqdm:
+        """A progress bar: over an iterable, or of so many steps."""
+        if isinstance(what, int):
+            what, total = None, what
+        # In a file every refresh is a line.
+        interval = 0.5 if sys.stderr.isatty() else 20
+        quiet = self.ranks.rank > 0
+        return tqdm(what, label, total, disable=quiet, dynamic_ncols=True, mininterval=interval)
+
+    def log(self, phase: str, iteration: int, step: int, **figures) -> None:
+        """One line of metrics.jsonl."""
+        row = {"phase": phase, "iteration": iteration, "step": step, "time": time.time()}
+        self._append_log(json.dumps(row | figures) + "\n")
+
+    def _append_log(self, lines: str) -> None:
+        if self.ranks.rank == 0:
+            with open(self.path("metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(lines)
+
+    def phase_log(self) -> str:
+        """The log's lines of the phase that runs, for a checkpoint."""
+        with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
+            file.seek(self.state["log_bytes"])
+            return file.read()
+
+    def restore_log(self, lines: str) -> None:
+        """The log of the finished phases, then these lines."""
+        if self.ranks.rank == 0:
+            metrics = self.path("metrics.jsonl")
+            metrics.touch()
+            os.truncate(metrics, min(self.state["log_bytes"], metrics.stat().st_size))
+            self._append_log(lines)
+
+    def finish(self) -> None:
+        """Writes report.md."""
+        if self.ranks.rank == 0:
+            lines = read_text(self.path("metrics.jsonl")).splitlines()
+            write_text(self.path("report.md"), report(self.config, map(json.loads, lines)))
+
+    def _lock(self) -> None:
+        """One run a directory. The system drops the lock when the process ends, however it does."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path("lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = self._owner().strip()
+            raise InputError(
+                f"{self.out} is in use by process {owner}; wait for it, or give another --out"
+            ) from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+
+    def _owner(self) -> str:
+        """What the lock file says. If rank 0 closed any other handle on it, the lock would drop."""
+        if self.ranks.rank == 0:
+            self.lock.seek(0)
+            return self.lock.read()
+        lock = self.path("lock")
+        return lock.read_text(encoding="utf-8") if lock.exists() else ""
+
+    def _open(self, made_by: dict) -> None:
+        """Continues the run that is here, if it is this one, or begins one.
+
+        Other machines may see rank 0's files late, so what rank 0 finds counts.
+        """
+        owner = self.ranks.gather({"owner": self._owner()})[0]["owner"]
+        if self._owner() != owner:
+            raise InputError(
+                f"{self.out} is not the same folder on all machines; "
+                "give an --out on a file system that they share"
+            )
+        found = self.ranks.gather({"found": self._find()})[0]["found"]
+        if found:
+            self.state = found["state"]
+            self._compare(made_by, found["made_by"])
+        elif self.ranks.rank == 0:
+            self._begin(made_by)
+        # Lines of a phase that was cut off go.
+        self.restore_log("")
+
+    def _find(self) -> dict | None:
+        """The state of an earlier start and what made it; None if it has done nothing."""
+        if self.ranks.rank > 0 or self.config.restart:
+            return None
+        state = self.state
+        if self.path("state.json").exists():
+            state = json.loads(read_text(self.path("state.json")))
+        if state["done"] or self.path("checkpoints").exists():
+            return {"state": state, "made_by": json.loads(read_text(self.path("config.json")))}
+        return None
+
+    def _compare(self, now: dict, earlier: dict) -> None:
+        """InputError unless options and code are those of the earlier start."""
+        changed = []
+        for name, value in now["config"].items():
+            before = earlier["config"].get(name)
+            if name not in FREE_OPTIONS and before != value:
+                changed.append(f"{name} {before!r} -> {value!r}")
+        if changed:
+            changes = ", ".join(changed)
+            raise InputError(
+                f"{self.out} holds a run with another configuration ({changes}); {REMEDY}"
+            )
+        now, earlier = now["code"], earlier.get("code", {})
+        files = [name for name in sorted(now | earlier) if now.get(name) != earlier.get(name)]
+        if files:
+            named = ", ".join(files[:3])
+            named += f" and {len(files) - 3} more" if len(files) > 3 else ""
+            raise InputError(
+                f"{self.out} holds a run of other code (changed, new or missing: {named}); {REMEDY}"
+            )
+
+    def _begin(self, made_by: dict) -> None:
+        """Removes what another run or a start that failed early has left; writes config.json."""
+        if self.config.restart:
+            self.say(f"{self.out} begins again; to continue it later, leave --restart out")
+        # A folder without a log is no run directory, its files are somebody else's.
+        for pattern in OWN_FILES if self.path("metrics.jsonl").exists() else ():
+            for path in self.out.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        ask = "git rev-parse --verify --quiet HEAD"
+        commit = subprocess.run(ask, shell=True, cwd=ROOT, capture_output=True, text=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["python"] = sys.version.split()[0]
+        about = {"versions": versions, "commit": commit.stdout.strip(), "ranks": self.ranks.world}
+        write_text(self.path("config.json"), json.dumps(made_by | about, indent=2))
+
+
+def hashes(files: list[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name relative to the repository."""
+    found = {}
+    for file in files:
+        name = os.path.relpath(Path(file).resolve(), ROOT)
+        found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
+
+
+def report(config, rows: Iterable[dict]) -> str:
+    """Markdown: a table of the evaluations, and one of the inspections."""
+    evaluations = [
+        "| evaluated | split | tasks | success | 95% interval | mean reward | secondary | turns "
+        "| invalid |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    inspections = ["| iteration | match_text | match_action | pairs kept |", "|---|---|---|---|"]
+    for row in rows:
+        if row["phase"] == "eval":
+            low, high = row["success_interval"]
+            secondary = ", ".join(f"{name} {value:.3f}" for name, value in row["secondary"].items())
+            evaluations.append(
+                f"| {row['name']} | {row['split']} | {row['tasks']} | {row['success']:.1%} "
+                f"| {low:.1%} - {high:.1%} | {row['reward']:.3f} | {secondary} "
+                f"| {row['steps']:.1f} | {row['invalid']:.1%} |"
+            )
+        elif row["phase"] == "inspect":
+            inspections.append(
+                f"| {row['iteration']} | {row['match_text']:.1%} | {row['match_action']:.1%} "
+                f"| {row['pairs_kept']} |"
+            )
+    title = f"# {config.method} on {config.env}, {config.model}, seed {config.seed}"
+    return "\n".join([title, "", *evaluations, "", *inspections, ""])

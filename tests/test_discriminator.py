@@ -1,0 +1,161 @@
+"""The discriminator and the value head: fitting, early stop, folds."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import losses
+from discriminator import FOLDS, Fold, Head, fit, fold_of, mean_figures
+from stepagent import fit_discriminator
+from trajectory import InputError
+
+NOBODY = torch.arange(0)
+
+
+def clouds(steps: int = 200, gap: float = 2.0):
+    """Features of expert actions [S, 5], and of two practice actions a step [S, 2, 5]."""
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.randn(steps, 5, generator=generator) + gap
+    agent = torch.randn(steps, 2, 5, generator=generator) - gap
+    return expert, agent
+
+
+def new_head(tmp_path, seed: int = 0) -> Head:
+    return Head.load_or_make(tmp_path / "none.safetensors", 5, seed)
+
+
+def test_the_discriminator_separates_what_can_be_separated(tmp_path):
+    expert, agent = clouds()
+    fold = Fold(torch.arange(120), torch.arange(120, 150), torch.arange(150, 200))
+    head = new_head(tmp_path)
+    figures = fit_discriminator(head, expert, agent, fold, 1e-2, 0)
+    with torch.no_grad():
+        logit_expert, logit_agent = head(expert[fold.judge]), head(agent[fold.judge])
+    assert logit_expert.shape == (50,) and logit_agent.shape == (50, 2)
+    assert losses.area_under_curve(logit_expert, logit_agent.flatten()) > 0.99
+    assert losses.step_reward(logit_expert).mean() > -0.1
+    assert losses.step_reward(logit_agent).mean() < -2
+    assert figures["loss_held"] < 0.1 and figures["loss"] < 0.1
+    # Standardised by expert and practice actions together.
+    both = torch.cat([expert[fold.learn], agent[fold.learn].flatten(0, 1)])
+    assert torch.allclose(head.mean, both.mean(0)) and torch.allclose(head.std, both.std(0) + 1e-6)
+
+
+def test_fitting_stops_when_the_held_out_loss_rises(tmp_path):
+    """Nothing to learn: it keeps the weights of its best pass, near two times ln 2."""
+    expert, agent = clouds(60, gap=0.0)
+    fold = Fold(torch.arange(30), torch.arange(30, 60), NOBODY)
+    head = new_head(tmp_path)
+    figures = fit_discriminator(head, expert, agent, fold, 3e-2, 0)
+    with torch.no_grad():
+        logit_agent = head(agent[30:]).flatten()
+        loss = losses.discriminator_loss(head(expert[30:]), logit_agent)[0].item()
+    assert figures["passes"] < 40 and loss < 1.6
+    assert loss == pytest.approx(figures["loss_held"], abs=1e-5)
+
+
+def test_a_head_that_no_longer_gets_better_is_given_four_more_passes(tmp_path):
+    """The held-out loss is 1 first and rises: the weights are those of the beginning."""
+    held_out_losses, head = [], new_head(tmp_path)
+    before = {name: weight.clone() for name, weight in head.mlp.state_dict().items()}
+
+    def loss_on(steps):
+        if steps is fold.held_out:
+            held_out_losses.append(len(held_out_losses) + 1.0)
+            return torch.tensor(held_out_losses[-1])
+        return head(torch.ones(5))
+
+    fold = Fold(torch.arange(10), torch.arange(10, 20), NOBODY)
+    figures = fit(head, torch.randn(20, 5), loss_on, fold, 1e-2, 0)
+    assert figures["passes"] == 4 and figures["loss_held"] == 1.0
+    for name, weight in head.mlp.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_features_are_standardised_by_what_the_head_may_see(tmp_path):
+    """A feature that is constant there does no harm."""
+    head, features = new_head(tmp_path), torch.randn(100, 5) * 7 + 3
+    features[:, 2] = 4.0
+    fold = Fold(torch.arange(50), torch.arange(50, 100), NOBODY)
+    fit(head, features, lambda steps: head(features[steps]).square().mean(), fold, 1e-2, 0)
+    assert torch.allclose(head.mean, features.mean(0)) and head.mean[2] == 4
+    assert torch.allclose(head.std, features.std(0) + 1e-6)
+    assert head(features).isfinite().all()
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    head, fold = new_head(tmp_path), Fold(torch.arange(5), torch.arange(5), NOBODY)
+    features = torch.full((5, 5), math.nan)
+    with pytest.raises(InputError, match="a head's loss is not finite"):
+        fit(head, features, lambda steps: head(features[steps]).mean(), fold, 1e-2, 0)
+
+
+def test_a_value_head_learns_a_linear_value(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(400, 5, generator=generator)
+    returns = states @ torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0]) + 3
+    head = new_head(tmp_path)
+    fold = Fold(torch.arange(200), torch.arange(200, 300), NOBODY)
+
+    def loss_on(steps):
+        return losses.value_loss(head(states[steps]), returns[steps])[0]
+
+    fit(head, states[:200], loss_on, fold, 1e-2, 0)
+    with torch.no_grad():
+        error = (head(states[300:]) - returns[300:]).var()
+    assert 1 - error / returns[300:].var() > 0.9
+
+
+# ------------------------------------------------------------------------------------------- folds
+
+
+def test_folds_are_whole_tasks_and_no_head_judges_what_it_learnt_from():
+    """40 tasks of 3 steps. A fifth of the 20 that a head may see is held out."""
+    places = torch.arange(40).repeat_interleave(3)
+    judged = []
+    for number in FOLDS:
+        fold = fold_of(places, number)
+        learn, held_out, judge = (
+            set(places[steps].tolist()) for steps in (fold.learn, fold.held_out, fold.judge)
+        )
+        assert not learn & held_out and not (learn | held_out) & judge
+        assert (len(learn), len(held_out), len(judge)) == (16, 4, 20)
+        assert len(fold.learn) + len(fold.held_out) + len(fold.judge) == 120
+        judged += fold.judge.tolist()
+    assert sorted(judged) == list(range(120))
+
+
+def test_too_few_tasks_to_hold_any_out_are_learnt_from_all_the_same():
+    fold = fold_of(torch.tensor([2, 3]), 0)
+    assert fold.learn.tolist() == fold.held_out.tolist() == [1] and fold.judge.tolist() == [0]
+    # Place 1 alone would be held out.
+    fold = fold_of(torch.tensor([0, 1, 1]), 0)
+    assert fold.learn.tolist() == fold.held_out.tolist() == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------- heads
+
+
+def test_heads_are_seeded_apart_from_the_global_generator(tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, same, other = (new_head(tmp_path, seed) for seed in (0, 0, 1))
+    assert torch.equal(one.mlp[0].weight, same.mlp[0].weight)
+    assert not torch.equal(one.mlp[0].weight, other.mlp[0].weight)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_head_of_the_iteration_before_goes_on(tmp_path):
+    head = new_head(tmp_path, 1)
+    head.mean += 2
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    loaded = Head.load_or_make(tmp_path / "head.safetensors", 5, 0)
+    features = torch.randn(7, 5)
+    assert torch.equal(loaded(features), head(features))
+
+
+def test_the_figures_of_two_folds_are_averaged():
+    folds = [{"loss": 1.0, "passes": 4}, {"loss": 3.0, "passes": 6}]
+    assert mean_figures(folds, "d") == {"d_loss": 2.0, "d_passes": 5.0}

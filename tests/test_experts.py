@@ -1,0 +1,223 @@
+"""Where expert trajectories and the prompt come from."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ranks import QUIET, commands, finish, run, start
+
+import envs
+from stepagent import Config
+from system.experts import give_prompt, load_experts, product_files, read_prompt
+from system.ranks import Ranks
+from system.run_dir import RunDir
+from trajectory import InputError, Step, Trajectory
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENING = [{"role": "user", "content": "Rules."}, {"role": "assistant", "content": "OK"}]
+
+
+def run_dir(out: Path, **options) -> RunDir:
+    return RunDir(Config(out=str(out), **options), Ranks(), [])
+
+
+@pytest.fixture
+def world():
+    """A household of its own, whose parts a test may replace."""
+    return envs.make_env("household")
+
+
+@pytest.fixture(scope="module")
+def plays():
+    env = envs.make_env("household")
+    return [env.expert(f"train-{number}") for number in range(6)]
+
+
+def names(trajectories) -> list[str]:
+    return [trajectory.task_id for trajectory in trajectories]
+
+
+# --------------------------------------------------------------------------- trajectories of a file
+
+
+def saved(path: Path, trajectories: list[Trajectory]) -> str:
+    envs.save_trajectories(str(path), trajectories)
+    return str(path)
+
+
+def test_the_first_trajectories_of_a_file_are_taken(tmp_path, world, plays):
+    path = saved(tmp_path / "own.jsonl", plays)
+    all_of_it = load_experts(run_dir(tmp_path / "x", expert=path), world, False)
+    assert all_of_it == plays
+    two = load_experts(run_dir(tmp_path / "y", expert=path, experts=2), world, False)
+    assert two == plays[:2] and not (tmp_path / "x" / "experts.jsonl").exists()
+
+
+def test_a_file_is_sifted_by_the_worlds_own_measure(tmp_path, world, plays, capsys):
+    path = saved(tmp_path / "own.jsonl", plays)
+    world.right = lambda experts: [one for one in experts if one.task_id != "train-1"]
+    experts = load_experts(run_dir(tmp_path / "x", expert=path, experts=3), world, False)
+    assert names(experts) == ["train-0", "train-2", "train-3"]
+    assert "1 of 6 plays whose answer is no exact match are left out" in capsys.readouterr().out
+    world.right = lambda experts: []
+    with pytest.raises(InputError, match="own.jsonl: none of its 6 answers is right; give a file"):
+        load_experts(run_dir(tmp_path / "y", expert=path), world, False)
+
+
+def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, world, plays):
+    strange = Trajectory("a task of ETO's", [], plays[0].steps, 1.0)
+    path = saved(tmp_path / "own.jsonl", [*plays, strange])
+    says = "\"a task of ETO's\" is no task of household, but dpo plays .* such as 'train-0'"
+    with pytest.raises(InputError, match=says):
+        load_experts(run_dir(tmp_path / "x", expert=path, method="dpo"), world, True)
+    # Nobody plays it.
+    assert len(load_experts(run_dir(tmp_path / "y", expert=path), world, False)) == 7
+    few = run_dir(tmp_path / "z", expert=path, experts=6)
+    assert load_experts(few, world, True) == plays
+
+
+def test_a_malformed_file_ends_the_program_with_one_line(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"task_id": "x"\n')
+    words = ["--expert", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "run")]
+    assert finish(start(1, tmp_path / "log", commands, [({}, words)])) == [1]
+    [line] = (tmp_path / "log").read_text().splitlines()
+    assert line.startswith(f"error: {tmp_path}/own.jsonl, line 1: broken JSON")
+
+
+def test_a_mistake_does_not_occupy_the_run_directory(tmp_path, plays):
+    """The same command with the path corrected must work."""
+    words = [*QUIET, "--method", "base", "--expert"]
+    with pytest.raises(InputError, match="tipo.jsonl: cannot be read"):
+        run(tmp_path / "x", *words, str(tmp_path / "tipo.jsonl"))
+    run(tmp_path / "x", *words, saved(tmp_path / "right.jsonl", plays))
+
+
+# ------------------------------------------------------------------------- the world's own expert
+
+
+def test_the_expert_shows_train_tasks_from_everywhere_once(tmp_path, world):
+    here = run_dir(tmp_path / "x", experts=5)
+    experts = load_experts(here, world, False)
+    assert names(experts) == envs.some(world.splits["train"], 5)
+    world.expert = None
+    # The second time they come from the run directory.
+    assert load_experts(here, world, False) == experts
+
+
+def test_what_the_expert_does_not_solve_in_time_is_left_out(tmp_path, world, plays, capsys):
+    most = sorted(len(play.steps) for play in plays)[2]
+    expert = world.expert
+    world.max_steps = lambda task: most
+    world.splits = world.splits | {"train": names(plays)}
+    world.expert = lambda task: None if task == "train-0" else expert(task)
+    fits = [play.task_id for play in plays[1:] if len(play.steps) <= most]
+    experts = load_experts(run_dir(tmp_path / "x", experts=0), world, False)
+    assert names(experts) == fits and 0 < len(fits) < 5
+    says = f"6 tasks; 1 not solved and {5 - len(fits)} solved in more steps than allowed are left"
+    assert says in capsys.readouterr().out
+    for unsolved in (None, Trajectory("train-1", [], [Step("o", "a")], 0.5)):
+        world.expert = lambda task, unsolved=unsolved: unsolved
+        with pytest.raises(InputError, match="household: no expert trajectory; give a file with"):
+            load_experts(run_dir(tmp_path / "y"), world, False)
+
+
+def test_experts_of_a_slow_world_keep_their_order(tmp_path, world):
+    world.slow = True
+    experts = load_experts(run_dir(tmp_path / "x", experts=20), world, False)
+    assert names(experts) == envs.some(world.splits["train"], 20)
+
+
+# -------------------------------------------------------------------------------------- the prompt
+
+
+def shown(prompt: list[dict]) -> list[Trajectory]:
+    return [Trajectory(name, prompt, [Step("o", "Action: a")]) for name in "ab"]
+
+
+@pytest.mark.parametrize("words", ["Rules.", f"\n{json.dumps(OPENING)}", " Rules.\n"])
+def test_a_prompt_file_has_messages_or_the_instruction(tmp_path, words):
+    (tmp_path / "prompt").write_text(words)
+    assert read_prompt(str(tmp_path / "prompt")) == OPENING
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "empty; give the instruction, or a JSON list of chat messages"),
+        (" \n", "empty"),
+        ("[{", "broken JSON"),
+        ('["Rules."]', 'message 0 is not {"role": text, "content": text}'),
+        (json.dumps([*OPENING, {"role": "user"}]), "message 2 is not"),
+        (json.dumps([{"role": "user", "content": 3}]), "message 0 is not"),
+        (json.dumps([OPENING[0] | {"name": "x"}]), "message 0 is not"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "prompt").write_text(text)
+    with pytest.raises(InputError, match="prompt: ") as error:
+        read_prompt(str(tmp_path / "prompt"))
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_the_prompt_is_the_worlds_or_none(world):
+    experts = shown([])
+    assert give_prompt(Config(prompt="full"), world, experts) == envs.prompt_messages(world)
+    assert [one.prompt for one in experts] == [envs.prompt_messages(world)] * 2
+    assert give_prompt(Config(prompt="none"), world, experts) == []
+    assert [one.prompt for one in experts] == [[], []]
+
+
+def test_an_expert_files_prompt_stands(world):
+    experts = shown(OPENING)
+    for choice in ("full", "none"):
+        assert give_prompt(Config(prompt=choice, expert="own.jsonl"), world, experts) == OPENING
+    assert [one.prompt for one in experts] == [OPENING] * 2
+    # A file without prompts gets the world's.
+    bare = give_prompt(Config(prompt="full", expert="own.jsonl"), world, shown([]))
+    assert bare == envs.prompt_messages(world)
+
+
+@pytest.mark.parametrize("expert", ["", "own.jsonl"])
+def test_a_prompt_file_counts_more_than_any_other_prompt(tmp_path, world, expert):
+    (tmp_path / "prompt").write_text("Be brief.")
+    config = Config(prompt="full", expert=expert, prompt_file=str(tmp_path / "prompt"))
+    experts = shown(OPENING)
+    prompt = give_prompt(config, world, experts)
+    assert prompt[0]["content"] == "Be brief." and [one.prompt for one in experts] == [prompt] * 2
+
+
+# ---------------------------------------------------------------------------------- what is hashed
+
+
+def test_the_code_of_a_run_is_the_product_and_its_world():
+    files = {path.relative_to(ROOT).as_posix() for path in product_files(Config(env="hotpotqa"))}
+    assert {"stepagent.py", "losses.py", "baselines.py", "system/ranks.py"} <= files
+    assert "benchmarks/qa.py" in files and "benchmarks/household.py" not in files
+    assert not any(name.startswith(("tests/", "experiments/")) for name in files)
+    assert Path(__file__) in product_files(SimpleNamespace(env=f"{__file__}:World"))
+
+
+# -------------------------------------------------------------------- options and tasks of a world
+
+
+def test_some_tasks_come_from_everywhere_in_the_list():
+    tasks = [f"{kind}-{number}" for kind in "abcd" for number in range(100)]
+    few = envs.some(tasks, 40)
+    assert len(few) == 40 and sorted(few, key=tasks.index) == few and envs.some(tasks, 0) == tasks
+    for kind in "abcd":
+        assert sum(task.startswith(kind) for task in few) >= 3
+
+
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("", {}),
+        ("a=1 b=x,y c=0.5 d=-2", {"a": 1, "b": "x,y", "c": 0.5, "d": -2}),
+        ("a=b=c", {"a": "b=c"}),
+    ],
+)
+def test_environment_options(text, options):
+    assert envs.env_options(text) == options

@@ -1,0 +1,306 @@
+"""The policy's folder: read, saved, forgotten, adapted with LoRA."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from ranks import two_layers
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+import envs
+from rollout import score
+from system.model import (
+    add_lora,
+    forget,
+    load_policy,
+    read_policy,
+    save_policy,
+)
+from system.ranks import Ranks
+from system.run_dir import RunDir
+from system.sharding import training_bytes
+from trajectory import InputError, encode
+from tree import use_tree_attention
+
+
+@dataclass
+class Options:
+    out: str
+    model: str = "tiny"
+    init: str = ""
+    method: str = "sft"
+    env: str = "household"
+    seed: int = 0
+    save_minutes: float = 15.0
+    shard: str = "auto"
+    restart: bool = False
+    dtype: str = "float32"
+    lora_rank: int = 0
+    micro_tokens: int = 8192
+    checkpointing: bool = False
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "two-layers"
+    two_layers(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    env = envs.make_env("household")
+    return [env.expert(f"train-{i}") for i in range(4)]
+
+
+def open_policy(out: Path, experts=(), starts_again=False, **options):
+    """-> run, ranks, policy, tokenizer."""
+    ranks = Ranks()
+    run = RunDir(Options(str(out), **options), ranks, [])
+    return run, ranks, *load_policy(run, ranks, list(experts), starts_again)
+
+
+def learn(policy, tokenizer, experts, lr: float = 1e-2) -> None:
+    """Three updates of SFT."""
+    learnt = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=lr)
+    half = policy.dtype == torch.bfloat16
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            scores = score(policy, [encode(expert, tokenizer) for expert in experts])
+        (-torch.cat([one.trunk_tokens for one in scores]).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(run, ranks, policy, tokenizer, name: str = "policy") -> Path:
+    save_policy(run, ranks, policy, tokenizer, run.path(name))
+    return run.path(name)
+
+
+# ------------------------------------------------------------------------------- reading and saving
+
+
+def test_a_tiny_model_is_made_once_from_the_expert_text(tmp_path, experts):
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", experts)
+    run.phase("first", lambda: None)
+    made = (tmp_path / "x" / "base" / "model.safetensors").stat().st_mtime_ns
+    assert sum(weight.numel() for weight in policy.parameters()) < 1e6
+    assert tokenizer.decode(tokenizer("put mug in desk", add_special_tokens=False).input_ids)
+    _, _, again, _ = open_policy(tmp_path / "x", experts)
+    _, _, other, _ = open_policy(tmp_path / "y", experts)
+    assert (tmp_path / "x" / "base" / "model.safetensors").stat().st_mtime_ns == made
+    for one, two, three in zip(policy.parameters(), again.parameters(), other.parameters()):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_the_preset_is_a_field_that_a_saved_policy_keeps(tmp_path, experts):
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", experts)
+    folder = save(run, ranks, policy, tokenizer)
+    for config in (tmp_path / "x" / "base" / "config.json", folder / "config.json"):
+        assert json.loads(config.read_text())["stepagent_preset"] == "tiny"
+
+
+def test_a_run_that_goes_on_gets_its_last_policy(tmp_path, model, experts):
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", model=model)
+
+    def sft():
+        learn(policy, tokenizer, experts)
+        save(run, ranks, policy, tokenizer, "sft/policy")
+        run.state["policy"] = "sft/policy"
+
+    run.phase("sft", sft)
+    _, _, again, _ = open_policy(tmp_path / "x", model=model)
+    for one, two in zip(policy.parameters(), again.parameters()):
+        assert torch.equal(one, two)
+
+
+def test_the_librarys_progress_bars_are_silent(tmp_path, capfd, model):
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", model=model)
+    save(run, ranks, policy, tokenizer)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_in_a_model_folder_is_run(tmp_path, model):
+    trap = tmp_path / "trap"
+    shutil.copytree(model, trap)
+    (trap / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    config = json.loads((trap / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.M"}
+    config["model_type"] = "trap"
+    (trap / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="trap: cannot be loaded"):
+        open_policy(tmp_path / "x", model=str(trap))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled: cannot be loaded"):
+        open_policy(tmp_path / "y", model=str(pickled))
+    assert not (tmp_path / "sprung").exists()
+
+
+def folder_of(folder: Path, tokenizer, made=None) -> str:
+    made = made or tiny.model(vocab=len(tokenizer)).float()
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "m", tiny.byte_level(["<s>", "</s>"], None, eos_token="</s>"))
+    with pytest.raises(InputError, match="no chat template"):
+        open_policy(tmp_path / "x", model=folder)
+
+
+def test_a_family_without_attention_is_refused(tmp_path):
+    tokenizer = tiny.chatml()
+    config = MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=len(tokenizer))
+    folder = folder_of(tmp_path / "m", tokenizer, MambaForCausalLM(config))
+    with pytest.raises(InputError, match="model family 'mamba'"):
+        open_policy(tmp_path / "x", model=folder)
+
+
+def test_a_family_with_other_names_of_layers_is_welcome(tmp_path):
+    tokenizer = tiny.chatml()
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=len(tokenizer))
+    folder = folder_of(tmp_path / "m", tokenizer, GPT2LMHeadModel(config))
+    _, _, policy, _ = open_policy(tmp_path / "x", model=folder)
+    need = training_bytes(policy, Options(""), split=2)
+    assert 0 < need["least"] < need["update"]
+    with pytest.raises(InputError, match="--lora-rank: model family 'gpt2' has no linear layers"):
+        open_policy(tmp_path / "x", model=folder, lora_rank=3)
+
+
+def test_a_method_that_starts_again_refuses_another_tokenizer(tmp_path, model):
+    other = folder_of(tmp_path / "m", tiny.chatml())
+    open_policy(tmp_path / "x", model=model, init=other)
+    with pytest.raises(
+        InputError, match=f"--init {other}: its tokenizer is not the one of --model"
+    ):
+        open_policy(tmp_path / "x", model=model, init=other, starts_again=True)
+
+
+def test_a_saved_policy_is_one_that_transformers_and_trl_open(tmp_path, model):
+    """TRL is a peer of experiments/: where it is not installed, transformers alone."""
+    folder = save(*open_policy(tmp_path / "x", model=model))
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "You are in a house."}]
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = policy.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert made.shape[1] > ids["input_ids"].shape[1]
+    trl = pytest.importorskip("trl", reason="pip install -r experiments/requirements.txt")
+    datasets = pytest.importorskip("datasets", reason="the same")
+    answer = {"role": "assistant", "content": "Action: look"}
+    settings = trl.SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model=str(folder),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list([{"messages": [*turns, answer]}] * 2),
+        processing_class=tokenizer,
+    )
+    trained = trainer.train()
+    assert trained.global_step == 1 and 0 < trained.training_loss < 20
+
+
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_forgetting_brings_back_the_model_before_any_imitation(tmp_path, model, experts, lora_rank):
+    options = {"model": model, "lora_rank": lora_rank}
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", **options)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    learn(policy, tokenizer, experts)
+    assert not all(torch.equal(before[name], x) for name, x in policy.state_dict().items())
+    forget(run, ranks, policy)
+    assert all(torch.equal(before[name], x) for name, x in policy.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+def test_an_adapter_starts_as_nothing(model):
+    plain, adapted = read_policy(model), read_policy(model)
+    add_lora(adapted, 4, 0)
+    ids = torch.arange(20)[None]
+    assert torch.equal(plain(ids).logits, adapted(ids).logits)
+    expected = 0
+    for module in adapted.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            expected += 4 * (module.in_features + module.out_features)
+    assert sum(x.numel() for x in adapted.parameters() if x.requires_grad) == expected
+
+
+def test_lora_learns_adapters_alone_and_is_saved_merged(tmp_path, model, experts):
+    """The frozen weights keep their bits, the saved folder computes what the adapted policy did."""
+    options = {"model": model, "lora_rank": 3}
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", **options)
+    learn(policy, tokenizer, experts)
+    folder = save(run, ranks, policy, tokenizer)
+    adapters = load_file(folder / "lora.safetensors")
+    # A and B on seven projections of two layers.
+    assert len(adapters) == 2 * 2 * 7
+    assert all(x.dtype == torch.float32 and x.abs().sum() > 0 for x in adapters.values())
+    saved, base = read_policy(folder), read_policy(model)
+    for name, tensor in base.state_dict().items():
+        adapted = name.removesuffix(".weight")
+        if f"{adapted}.A" in adapters:
+            tensor = tensor + 2 * adapters[f"{adapted}.B"] @ adapters[f"{adapted}.A"]
+        assert torch.allclose(saved.state_dict()[name], tensor, atol=1e-6), name
+    use_tree_attention(saved)
+    data = [encode(expert, tokenizer) for expert in experts]
+    for one, other in zip(score(policy, data), score(saved, data)):
+        assert torch.allclose(one.trunk_tokens, other.trunk_tokens, atol=1e-4)
+
+
+def test_a_lora_run_that_goes_on_gets_its_adapters(tmp_path, model, experts):
+    options = {"model": model, "lora_rank": 3}
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", **options)
+
+    def sft():
+        learn(policy, tokenizer, experts)
+        save(run, ranks, policy, tokenizer, "sft/policy")
+        run.state["policy"] = "sft/policy"
+
+    run.phase("sft", sft)
+    _, _, again, _ = open_policy(tmp_path / "x", **options)
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in policy.state_dict().items())
+
+
+def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model, experts):
+    """A merge rounded to bfloat16 would lose most of what small rates learn."""
+    options = {"model": model, "lora_rank": 3, "dtype": "bfloat16", "checkpointing": True}
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", **options)
+    policy.train()
+    learn(policy, tokenizer, experts)
+    folder = save(run, ranks, policy, tokenizer)
+    base, saved = read_policy(model, torch.bfloat16), AutoModelForCausalLM.from_pretrained(folder)
+    adapters = load_file(folder / "lora.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    whole = base.get_submodule(name).weight.float()
+    whole = whole + 2 * adapters[f"{name}.B"] @ adapters[f"{name}.A"]
+    found = saved.get_submodule(name).weight
+    assert found.dtype == torch.float32 and torch.allclose(found, whole, atol=1e-6)
+    assert not torch.equal(found, found.bfloat16().float())
+    assert torch.equal(saved.model.norm.weight, base.model.norm.weight.float())

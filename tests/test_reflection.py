@@ -1,0 +1,454 @@
+"""What StepAgent is: the inspection, and reflection with implicit and with inverse rewards."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import (
+    QUIET,
+    assert_alike,
+    distance,
+    metrics,
+    run,
+    same_bits,
+    two_layers,
+    weights,
+)
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import envs
+import naive
+import stepagent
+from rollout import score
+from stepagent import METHODS, Config, LogD, prepare, step_advantages
+from training import Agent, Demonstration, Practised, read_practice
+from trajectory import Encoded, InputError, Trajectory
+
+ONE = [*QUIET, "--iterations", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A policy of two layers that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("models") / "two-layers"
+    two_layers(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def start_from(model, tmp_path_factory):
+    """Options that begin with this model after a little SFT: its practice differs now and then."""
+    out = tmp_path_factory.mktemp("sft") / "run"
+    words = ["--sft-epochs", "40", "--sft-lr", "1e-2", "--max-new-tokens", "30"]
+    run(out, *QUIET, "--method", "sft", "--model", model, *words)
+    return ["--model", model, "--init", str(out / "policy"), "--max-new-tokens", "30"]
+
+
+def practice_rows(out: Path, i: int = 1) -> list[dict]:
+    return [json.loads(line) for line in (out / f"iter_{i}" / "practice.jsonl").open()]
+
+
+def reopened(out: Path) -> Agent:
+    """The agent of a finished run, with its last policy."""
+    config = Config(**json.loads((out / "config.json").read_text())["config"])
+    return prepare(config, METHODS[config.method])
+
+
+# ---------------------------------------------------------------------------------- the inspection
+
+
+def test_practice_is_scored_by_the_policy_that_practised(tmp_path, start_from):
+    """By naive passes; practice of one trajectory does not depend on the others."""
+    out = run(tmp_path / "x", *ONE, *start_from, "--lr", "0")
+    alone = run(tmp_path / "y", *ONE, *start_from, "--lr", "0", "--leaves", "1")
+    assert practice_rows(out) == practice_rows(alone)
+    agent = reopened(out)
+    policy = LlamaForCausalLM.from_pretrained(out / "policy", attn_implementation="eager")
+    [row] = metrics(out, "inspect")
+    assert 0 < row["pairs_kept"] < 2 * len(practice_rows(out)) and row["iteration"] == 1
+    for one in read_practice(agent, 1)[:2]:
+        expert = naive.sums(policy, naive.expert_pairs([one.encoded]))
+        leaf_pairs = naive.leaf_pairs([one.encoded], [one.leaves])
+        tokens = torch.cat([naive.token_logps(policy, *pair) for pair in leaf_pairs])
+        assert torch.allclose(one.ref_expert, expert, atol=1e-3)
+        assert torch.allclose(one.ref_tokens, tokens, atol=1e-3)
+        sums = naive.sums(policy, leaf_pairs).view(one.ref_agent.shape)
+        assert torch.allclose(one.ref_agent, sums, atol=1e-3)
+        hidden = [naive.last_hidden(policy, state + action) for state, action in leaf_pairs]
+        assert torch.allclose(one.agent_hidden.flatten(0, 1), torch.stack(hidden), atol=1e-3)
+
+
+def test_every_iteration_draws_practice_of_its_own(tmp_path, start_from):
+    """At a rate of 0 the policy stays as it is."""
+    out = run(tmp_path / "x", *QUIET, *start_from, "--lr", "0")
+    first, second = practice_rows(out, 1), practice_rows(out, 2)
+    assert [row["expert_logp"] for row in first] == [row["expert_logp"] for row in second]
+    assert [row["practice"] for row in first] != [row["practice"] for row in second]
+
+
+def steps_of(one: Demonstration) -> int:
+    return len(one.encoded.spans)
+
+
+def test_practice_that_is_decoded_together_fits(monkeypatch):
+    """At most --leaves actions, and keys and values within the room for them."""
+    data = []
+    for number, steps in enumerate((3, 1, 5, 2, 4)):
+        spans = [(step + 1, step + 2) for step in range(steps)]
+        data.append(Demonstration(Trajectory(f"t{number}"), Encoded(list(range(20)), spans)))
+    agent = Agent(None, None, None, None, [], None, None, data, 1)
+    room = 10**9
+    monkeypatch.setattr(Agent, "cache_room", lambda self: room)
+
+    def grouped_by(**options):
+        agent.config = Config(practice=2, **options)
+        groups = stepagent.groups_that_fit(agent, data)
+        assert sum(groups, []) == data
+        return [list(map(steps_of, group)) for group in groups]
+
+    assert grouped_by(leaves=12) == [[3, 1], [5], [2, 4]]
+    assert grouped_by(leaves=1) == [[3], [1], [5], [2], [4]]
+    # 20 + 2 * 10 tokens for each step: 80, 40, 120, 60, 100.
+    room = 125
+    assert grouped_by(leaves=99, max_new_tokens=10) == [[3, 1], [5], [2], [4]]
+
+
+# -------------------------------------------------------------------- reflection on forged practice
+
+
+def forge(monkeypatch, write) -> None:
+    """Practice actions are write(encoded, step, number) instead of the policy's."""
+
+    def practice(model, encoded, k, *rest):
+        found = []
+        for item in encoded:
+            actions = []
+            for step in range(len(item.spans)):
+                actions.append([write(item, step, number) for number in range(k)])
+            found.append(actions)
+        return found
+
+    monkeypatch.setattr(stepagent, "practice", practice)
+
+
+def expert_ids(item: Encoded, step: int) -> list[int]:
+    first, end = item.spans[step]
+    return item.ids[first:end]
+
+
+def test_equal_actions_leave_the_policy_as_it_is(tmp_path, monkeypatch, model):
+    forge(monkeypatch, lambda item, step, number: expert_ids(item, step))
+    out = run(tmp_path / "x", *QUIET, "--model", model)
+    assert len(metrics(out, "inspect")) == 2
+    for row in metrics(out, "inspect"):
+        assert (row["match_text"], row["match_action"], row["stopped"]) == (1, 1, 1)
+        assert row["pairs_kept"] == 0
+    assert metrics(out, "implicit") == []
+    assert same_bits(weights(out / "policy"), weights(out / "sft" / "policy"))
+
+
+def one_wrong_action(monkeypatch) -> str:
+    """All practice equals the expert's, but for one action of one trajectory; -> its task."""
+    wrong = envs.some(envs.make_env("household").splits["train"], 6)[3]
+
+    def write(item, step, number):
+        right = expert_ids(item, step)
+        return [7, 8, right[-1]] if (item.task_id, step, number) == (wrong, 1, 1) else right
+
+    forge(monkeypatch, write)
+    return wrong
+
+
+def test_only_pairs_that_differ_are_counted(tmp_path, monkeypatch, model):
+    wrong = one_wrong_action(monkeypatch)
+    out = run(tmp_path / "x", *ONE, "--model", model)
+    [row], [update] = metrics(out, "inspect"), metrics(out, "implicit")
+    assert row["pairs_kept"] == 1 and update["trajectories"] == 1
+    assert json.loads((out / "iter_1" / "batches.json").read_text()) == [[wrong]]
+    assert update["dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert update["margin"] == pytest.approx(0, abs=1e-4)
+    differing = [row for row in practice_rows(out) if any(row["differs"])]
+    assert [(row["task"], row["step"]) for row in differing] == [(wrong, 1)]
+    assert differing[0]["differs"] == [False, True]
+
+
+def test_the_nll_of_all_trajectories_can_be_added(tmp_path, monkeypatch, model):
+    """With --dpo-nll those without a pair are learnt from, too, and the policy moves further."""
+    one_wrong_action(monkeypatch)
+    plain = run(tmp_path / "x", *ONE, "--model", model)
+    added = run(tmp_path / "y", *ONE, "--model", model, "--dpo-nll", "1")
+    rows = metrics(added, "implicit")
+    assert sum(row["trajectories"] for row in rows) == 6
+    # The batch with the pair is filled by a size of 0 a trajectory, so there is one.
+    assert rows[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert not same_bits(weights(plain / "policy"), weights(added / "policy"))
+    [first] = metrics(plain, "implicit")
+    assert "nll" in first and first["nll"] != rows[0]["nll"]
+
+
+# ------------------------------------------------------------------------------------- reflections
+
+
+def moved(out: Path) -> list[tuple[Practised, torch.Tensor, torch.Tensor]]:
+    """(practice, change of the expert's log-probs [S], of the agent's [S, K]) by reflection."""
+    agent = reopened(out)
+    found = []
+    for one in read_practice(agent, 1):
+        with torch.no_grad():
+            [now] = score(agent.policy, [one.encoded], [one.leaves])
+        agents = now.leaves.view(one.ref_agent.shape) - one.ref_agent
+        found.append((one, now.trunk - one.ref_expert, agents))
+    return found
+
+
+def test_implicit_reflection_prefers_expert_to_practice(tmp_path, model):
+    out = run(tmp_path / "x", *ONE, "--model", model, "--lr", "1e-2")
+    gains = []
+    for one, expert, agent in moved(out):
+        gains += (expert[:, None] - agent)[one.differs].tolist()
+        # --max-new-tokens
+        assert max(len(ids) for _, ids in one.leaves) == 6
+    assert sum(gains) / len(gains) > 1
+    rows = metrics(out, "implicit")
+    assert rows[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert rows[-1]["accuracy"] > 0.7 and rows[-1]["dpo_loss"] < rows[0]["dpo_loss"]
+
+
+def test_the_implicit_loss_is_the_naive_one(tmp_path, monkeypatch, start_from):
+    """Eq. 6 on the pairs of two trajectories that differ, divided by those of three."""
+    out = run(tmp_path / "x", *ONE, *start_from)
+    agent = reopened(out)
+    # Another policy than the one that practised.
+    for weight in agent.policy.parameters():
+        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
+    agent.save("other")
+    batch = read_practice(agent, 1)[:3]
+    found = {}
+
+    def record(agent, name, iteration, batches, loss_of, rate_at):
+        found[name] = loss_of(batch[:2], batch)
+
+    monkeypatch.setattr(stepagent, "train", record)
+    agent.config.dpo_nll = 0.5
+    stepagent.reflect_implicit(agent, 1, batch)
+    loss, info = found["implicit"]
+    policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
+    reference = LlamaForCausalLM.from_pretrained(
+        agent.config.init, attn_implementation="eager"
+    ).requires_grad_(False)
+    expert, practised = [], []
+    for one in batch[:2]:
+        states = naive.expert_pairs([one.encoded])
+        for step, number in one.differs.nonzero().tolist():
+            expert.append(states[step])
+            practised.append((states[step][0], one.actions[step][number]))
+    pairs = sum(int(one.differs.sum()) for one in batch)
+    assert 0 < len(expert) < pairs
+    naive_loss, figures = naive.implicit_loss(
+        policy, reference, expert, practised, agent.config.beta
+    )
+    share = len(expert) / pairs
+    states = naive.expert_pairs([one.encoded for one in batch[:2]])
+    nll = -sum(naive.token_logps(policy, *pair).sum() for pair in states)
+    nll = nll / sum(one.encoded.action_tokens for one in batch)
+    assert loss.item() == pytest.approx((naive_loss * share + 0.5 * nll).item(), rel=1e-4)
+    assert info["nll"].item() == pytest.approx(nll.item(), rel=1e-4)
+    accuracy = figures["accuracy"].item() * share
+    assert info["accuracy"].item() == pytest.approx(accuracy, rel=1e-4) and accuracy > 0
+    every = sum(one.differs.numel() for one in batch)
+    assert info["accuracy_all"].item() == pytest.approx(accuracy * pairs / every, rel=1e-4)
+
+
+def test_advantages_compare_the_actions_of_a_state_by_hand():
+    """The baseline is the mean of the state's other actions; then all are whitened together."""
+    two = LogD(torch.zeros(2), torch.tensor([[-1.0, -2.0], [-3.0, -3.0]]))
+    one = LogD(torch.zeros(1), torch.tensor([[-1.0, -4.0]]))
+    first, second = step_advantages([two, one])
+    # 1, -1, 0, 0 and 3, -3: mean 0, variance 20 / 6.
+    deviation = math.sqrt(20 / 6)
+    assert torch.allclose(first * deviation, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+    assert torch.allclose(second * deviation, torch.tensor([[3.0, -3.0]]))
+    # Three actions.
+    [only] = step_advantages([LogD(torch.zeros(1), torch.tensor([[0.0, -2.0, -4.0]]))])
+    assert torch.allclose(only, torch.tensor([[3.0, 0.0, -3.0]]) / math.sqrt(6))
+
+
+def test_a_single_action_is_compared_with_those_of_all_states():
+    lone = [LogD(torch.zeros(2), torch.tensor([[-1.0], [-3.0]]))]
+    [advantage] = step_advantages(lone)
+    assert torch.allclose(advantage, torch.tensor([[1.0], [-1.0]]))
+
+
+def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, monkeypatch, model):
+    """Reward 0 for the first practice action of every state, -1 for the second."""
+
+    def read_log_d(agent, i, practised):
+        found = []
+        for one in practised:
+            rewards = torch.tensor([0.0, -1.0]).repeat(len(one.actions), 1)
+            found.append(LogD(torch.zeros(len(one.actions)), rewards))
+        return found
+
+    monkeypatch.setattr(stepagent, "read_log_d", read_log_d)
+    words = ["--method", "stepagent-inverse", "--lr", "1e-2", "--entropy", "0"]
+    out = run(tmp_path / "x", *ONE, "--model", model, *words)
+    gains = []
+    for one, _, agent in moved(out):
+        for (first, second), (gain, other) in zip(one.actions, agent.tolist()):
+            if first != second:
+                gains.append(gain - other)
+    assert sum(gains) / len(gains) > 0.05
+    rows = metrics(out, "inverse")
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-8)
+    assert rows[0]["ratio"] == pytest.approx(1, abs=1e-5) and rows[0]["clip_share"] == 0
+    assert rows[-1]["ratio"] != rows[0]["ratio"] and rows[-1]["kl"] > 0
+
+
+def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_from):
+    """Clipped PPO, entropy and KL over the tokens of two trajectories, divided by all three's."""
+    words = ["--method", "stepagent-inverse", "--lr", "0"]
+    out = run(tmp_path / "x", *ONE, *start_from, *words)
+    agent = reopened(out)
+    agent.config.entropy, agent.config.kl = 0.3, 0.7
+    for weight in agent.policy.parameters():
+        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
+    agent.save("other")
+    batch = read_practice(agent, 1)[:3]
+    generator = torch.Generator().manual_seed(0)
+    log_d = []
+    for one in batch:
+        rewards = torch.randn(one.ref_agent.shape, generator=generator)
+        log_d.append(LogD(one.ref_expert, rewards))
+    given = {}
+
+    def record(agent, name, iteration, batches, loss_of, rate_at):
+        given["loss"], given["info"] = loss_of(batch[:2], batch)
+        given["batches"] = batches
+
+    monkeypatch.setattr(stepagent, "train", record)
+    agent.config.ppo_passes = 3
+    batch[0].differs.zero_()
+    stepagent.reflect_inverse(agent, 1, batch, log_d)
+    policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
+    objective, entropy, kl, clipped = 0.0, 0.0, 0.0, 0
+    for one, advantage in zip(batch[:2], step_advantages(log_d)):
+        first = 0
+        pairs = naive.leaf_pairs([one.encoded], [one.leaves])
+        for pair, value in zip(pairs, advantage.flatten().tolist()):
+            logps = naive.token_logps(policy, *pair)
+            old = one.ref_tokens[first : first + len(logps)]
+            first += len(logps)
+            for ratio in (logps - old).exp().tolist():
+                bounded = min(max(ratio, 0.8), 1.2)
+                objective += min(ratio * value, bounded * value)
+                kl += 1 / ratio - 1 + math.log(ratio)
+                clipped += abs(ratio - 1) > 0.2
+            entropy += naive.entropies(policy, *pair).sum().item()
+    count = sum(len(one.ref_tokens) for one in batch)
+    expected = (-objective - 0.3 * entropy + 0.7 * kl) / count
+    assert given["loss"].item() == pytest.approx(expected, rel=1e-3)
+    assert given["info"]["entropy"].item() == pytest.approx(entropy / count, rel=1e-3)
+    assert given["info"]["kl"].item() == pytest.approx(kl / count, rel=1e-3)
+    assert clipped > 0 and given["info"]["clip_share"].item() == pytest.approx(clipped / count)
+    # Every pass takes every trajectory, in an order of its own; equal actions count, too.
+    order = [one.task_id for one_batch in given["batches"] for one in one_batch]
+    passes = [tuple(order[first : first + 3]) for first in range(0, len(order), 3)]
+    assert [len(set(names)) for names in passes] == [3, 3, 3] and len(set(passes)) > 1
+    assert [len(one_batch) for one_batch in given["batches"]] == [1] * 9
+
+
+@pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse"])
+def test_micro_batches_do_not_change_the_update(tmp_path, model, method):
+    runs = []
+    for name, micro_tokens, leaves in (("a", "8192", "1024"), ("b", "1", "1")):
+        words = ["--method", method, "--micro-tokens", micro_tokens, "--leaves", leaves]
+        runs.append(run(tmp_path / name, *ONE, "--model", model, *words))
+    whole, parts = runs
+    whole_weights, part_weights = weights(whole / "policy"), weights(parts / "policy")
+    learnt = distance(whole_weights, weights(Path(model)))
+    assert distance(whole_weights, part_weights) < 1e-3 * learnt
+    assert_alike(whole, parts)
+
+
+# ------------------------------------------------------------------------------- the discriminator
+
+
+def test_no_fold_is_judged_by_the_discriminator_that_learnt_from_it(tmp_path, monkeypatch, model):
+    learnt = []
+
+    def constant(head, features, loss_on, fold, lr, seed):
+        """A D that says +1 (fold 0) or -1 (fold 1), whatever it sees."""
+        learnt.append(set(fold.learn.tolist()) | set(fold.held_out.tolist()))
+        for weight in head.mlp.parameters():
+            weight.data.zero_()
+        head.mlp[-1].bias.data.fill_((1.0, -1.0)[len(learnt) - 1])
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(stepagent, "fit", constant)
+    words = ["--method", "stepagent-inverse", "--experts", "12", "--practice-experts", "12"]
+    out = run(tmp_path / "x", *ONE, "--model", model, *words)
+    found = load_file(out / "iter_1" / "log_d.safetensors")
+    # log sigmoid(1) = -0.31, log sigmoid(-1) = -1.31
+    judge = (found["expert"] < -1).long()
+    assert 0 < judge.sum() < len(judge)
+    assert torch.equal((found["agent"] < -1).long(), judge.repeat_interleave(2))
+    for step, fold in enumerate(judge.tolist()):
+        assert step not in learnt[fold]
+    assert not learnt[0] & learnt[1] and learnt[0] | learnt[1] == set(range(len(judge)))
+    # A task is judged as a whole.
+    rows = practice_rows(out)
+    assert len({(row["task"], fold) for row, fold in zip(rows, judge.tolist())}) == 12
+    assert rows[0]["expert_log_d"] == pytest.approx(found["expert"][0].item(), abs=1e-4)
+    assert rows[1]["practice_log_d"] == pytest.approx(found["agent"][2:4].tolist(), abs=1e-4)
+
+
+def test_the_discriminator_prefers_the_expert_and_goes_on_in_the_next_iteration(
+    tmp_path, monkeypatch, model
+):
+    begun, fit = [], stepagent.fit
+
+    def watched(head, *rest):
+        begun.append({name: weight.clone() for name, weight in head.state_dict().items()})
+        return fit(head, *rest)
+
+    monkeypatch.setattr(stepagent, "fit", watched)
+    words = ["--method", "stepagent-inverse", "--experts", "24", "--practice-experts", "24"]
+    out = run(tmp_path / "x", *QUIET, "--model", model, *words)
+    row = metrics(out, "discriminate")[0]
+    assert row["d_auc"] > 0.9 and row["log_d_expert"] > row["log_d_agent"] + 0.5
+    for fold in (0, 1):
+        saved = load_file(out / "iter_1" / f"discriminator_{fold}.safetensors")
+        assert same_bits(saved, begun[2 + fold]) and not same_bits(saved, begun[fold])
+
+
+def test_log_d_comes_back_by_trajectory(tmp_path, start_from):
+    out = run(tmp_path / "x", *ONE, *start_from, "--method", "stepagent-inverse")
+    agent = reopened(out)
+    practised = read_practice(agent, 1)
+    log_d = stepagent.read_log_d(agent, 1, practised)
+    rows = practice_rows(out)
+    assert [one.agent.shape for one in log_d] == [one.ref_agent.shape for one in practised]
+    expert = torch.cat([one.expert for one in log_d]).tolist()
+    agents = torch.cat([one.agent for one in log_d]).tolist()
+    assert expert == pytest.approx([row["expert_log_d"] for row in rows], abs=1e-4)
+    for found, row in zip(agents, rows, strict=True):
+        assert found == pytest.approx(row["practice_log_d"], abs=1e-4)
+    # Never positive, never below -5.
+    assert all(-5 <= value <= 0 for found in agents for value in found)
+    # The practice action with the expert's words is better than the other one by so much.
+    gaps = []
+    for row in rows:
+        if row["differs"] in ([True, False], [False, True]):
+            first, second = row["practice_log_d"]
+            gaps.append(second - first if row["differs"][0] else first - second)
+    [figures] = metrics(out, "discriminate")
+    assert len(gaps) > 3 and figures["log_d_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-3)
+
+
+def test_too_few_trajectories_for_two_discriminators_are_refused(tmp_path, model):
+    words = ["--method", "stepagent-inverse", "--practice-experts", "3", "--model", model]
+    with pytest.raises(InputError, match="3 trajectories are too few for two discriminators"):
+        run(tmp_path / "x", *ONE, *words)

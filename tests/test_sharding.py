@@ -1,0 +1,288 @@
+"""Sharded weights: when, where, and that they are those of the folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from ranks import (
+    QUIET,
+    commands,
+    finish,
+    metrics,
+    run,
+    same_bits,
+    start,
+    two_layers,
+    weights,
+    words_of,
+)
+
+import envs
+from rollout import score
+from system import sharding
+from system.model import add_lora, forget, outline, read_policy, read_tokenizer
+from system.ranks import Ranks
+from system.sharding import Placement, fill, gathered, placement, room, shard, training_bytes
+from trajectory import Encoded, InputError, encode
+from tree import use_tree_attention
+
+
+@dataclass
+class Options:
+    model: str = "two-layers"
+    dtype: str = "float32"
+    shard: str = "auto"
+    lora_rank: int = 0
+    micro_tokens: int = 8192
+    checkpointing: bool = False
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "two-layers"
+    two_layers(folder)
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+class Machine(Ranks):
+    """So many ranks of so much memory; split: those of a node."""
+
+    def __init__(self, world: int, memory: float, split: int = 0):
+        self.world, self.rank = world, 0
+        self.bytes = memory
+        self.node = split or world
+
+    def memory(self):
+        return self.bytes
+
+    def split(self):
+        return self.node
+
+    def gather(self, part):
+        return [part]
+
+
+def test_sharding_is_chosen_by_arithmetic(model):
+    policy = outline(model)
+    need = training_bytes(policy, Options())
+    count = sum(weight.numel() for weight in policy.parameters())
+    assert need["held"] == 16 * count and need["generate"] == 4 * count < need["update"]
+    update = need["update"]
+    for world, memory, option, sharded in (
+        (2, 1.2 * update, "auto", False),
+        (2, 0.8 * update, "auto", True),
+        (2, 0.8 * update, "false", False),
+        (2, 1e12, "true", True),
+        (1, update, "true", False),
+    ):
+        placed = placement(Machine(world, memory), policy, Options(shard=option))
+        assert placed.pieces == (2 if sharded else 1)
+    assert placement(Machine(2, 0.8 * update), policy, Options(lora_rank=3)).pieces == 1
+
+
+def test_pieces_lie_on_a_node_or_on_all_ranks_if_those_are_too_few(model):
+    policy = outline(model)
+    count = sum(weight.numel() for weight in policy.parameters())
+    # 16 bytes a weight: halves of a node take 8, a 64th takes 1 / 4.
+    assert placement(Machine(64, 9 * count, split=2), policy, Options()).pieces == 2
+    assert placement(Machine(64, 5 * count, split=2), policy, Options()).pieces == 64
+    # All weights, 4 bytes each, and a quarter of the memory for keys and values.
+    assert placement(Machine(64, 6 * count), policy, Options()).gathers_whole
+    assert not placement(Machine(64, 5 * count), policy, Options()).gathers_whole
+
+
+def test_what_fits_nowhere_is_refused_with_the_remedy(model):
+    policy = outline(model)
+    count = sum(weight.numel() for weight in policy.parameters())
+    says = "weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"
+    with pytest.raises(InputError, match=says):
+        placement(Machine(2, 8 * count), policy, Options(shard="false"))
+    says = "the weights that practice and evaluation read need .* take more devices, or --lora-rank"
+    with pytest.raises(InputError, match=says):
+        placement(Machine(64, 0.5 * count), policy, Options())
+
+
+def test_the_room_for_keys_and_values_is_a_quarter_of_the_memory(model):
+    """Two layers, two heads of width 8, keys and values."""
+    policy = read_policy(model)
+    assert room(Machine(1, 10**6), policy, "float32") == 250_000 // (2 * 2 * 2 * 8 * 4)
+    assert room(Machine(1, 10**6), policy, "bfloat16") == 250_000 // (2 * 2 * 2 * 8 * 2)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_memory_held_is_what_lives_after_an_update(model, rank):
+    options = Options(dtype="bfloat16" if rank else "float32", lora_rank=rank)
+    policy = read_policy(model, torch.bfloat16 if rank else torch.float32)
+    use_tree_attention(policy)
+    if rank:
+        add_lora(policy, rank, 0)
+    env = envs.make_env("household")
+    learnt = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-3)
+    data = [encode(env.expert("train-0"), read_tokenizer(model))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank > 0):
+        score(policy, data)[0].trunk.sum().backward()
+    optimizer.step()
+    live = [*policy.parameters(), *(weight.grad for weight in learnt)]
+    for weight in learnt:
+        state = optimizer.state[weight]
+        live += [state["exp_avg"], state["exp_avg_sq"]]
+    assert all(w.grad is None for w in policy.parameters() if not w.requires_grad)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in live)
+    assert held == training_bytes(policy, options)["held"]
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+DATA = [Encoded(list(range(3, 25)), [(9, 12), (18, 22)])]
+LEAVES = [[(0, [5, 6]), (1, [7, 8, 9])]]
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks()
+    dist.destroy_process_group()
+
+
+def sharded_copy(ranks: Ranks, folder: Path) -> torch.nn.Module:
+    policy = outline(folder)
+    use_tree_attention(policy)
+    shard(ranks, policy, Placement(ranks.world, True), "float32")
+    fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
+    return policy
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.OTHER_FAMILIES])
+def test_sharded_weights_are_those_of_the_folder(tmp_path, one_rank, family, tied):
+    """Built without storage, then filled: what no file holds is there, and ties are kept."""
+    made = tiny.model(family, tie_word_embeddings=tied).float()
+    made.save_pretrained(tmp_path)
+    use_tree_attention(made)
+    policy = sharded_copy(one_rank, tmp_path)
+    [expected], [found] = score(made, DATA, LEAVES), score(policy, DATA, LEAVES)
+    assert torch.equal(found.trunk_tokens, expected.trunk_tokens)
+    assert torch.equal(found.leaf_tokens, expected.leaf_tokens)
+    for scores in (expected, found):
+        (scores.trunk.sum() + scores.leaves.sum()).backward()
+    ours = dict(policy.named_parameters())
+    assert set(ours) == {name for name, _ in made.named_parameters()}
+    for name, weight in made.named_parameters():
+        assert torch.allclose(ours[name].grad.full_tensor(), weight.grad, atol=1e-6), name
+
+
+def test_a_file_that_breaks_the_tie_of_its_config_is_refused(tmp_path):
+    """Where a model is built from its config alone, head and embeddings would be one."""
+    tiny.model(tie_word_embeddings=False).float().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    text = config.read_text().replace('word_embeddings": false', 'word_embeddings": true')
+    config.write_text(text)
+    with pytest.raises(InputError, match="the weights differ; set tie_word_embeddings to false"):
+        fill(Ranks(), outline(tmp_path), read_policy(tmp_path))
+
+
+def test_a_sharded_policy_forgets(tmp_path, one_rank):
+    tiny.model().float().save_pretrained(tmp_path)
+    policy, base = sharded_copy(one_rank, tmp_path), read_policy(tmp_path)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(2)
+    forget(SimpleNamespace(config=Options(str(tmp_path))), one_rank, policy)
+    expected = dict(base.named_parameters())
+    for name, weight in policy.named_parameters():
+        assert torch.equal(weight.full_tensor(), expected[name]), name
+
+
+def pass_and_learn(folder: str, gathers_whole: bool) -> None:
+    """Rank r runs r passes on its own, then all learn together; twice."""
+    ranks = Ranks()
+    policy = sharded_copy(ranks, Path(folder))
+    policy.gathers_whole = gathers_whole
+    for _ in range(2):
+        with torch.no_grad(), gathered(ranks, policy):
+            for _ in range(ranks.rank):
+                score(policy, DATA, LEAVES)
+        (score(policy, DATA, LEAVES)[0].trunk.sum() / ranks.world).backward()
+        norm = ranks.clip(policy, 1.0)
+    if ranks.rank == 0:
+        (Path(folder) / f"norm_{gathers_whole}").write_text(str(norm))
+    ranks.finish()
+
+
+@pytest.mark.parametrize("gathers_whole", [True, False])
+def test_ranks_that_made_different_numbers_of_passes_learn_together(tmp_path, gathers_whole):
+    made = tiny.model().float()
+    made.save_pretrained(tmp_path)
+    log = tmp_path / "log"
+    processes = start(3, log, pass_and_learn, str(tmp_path), gathers_whole)
+    assert finish(processes, 60) == [0, 0, 0], log.read_text()[-2000:]
+    use_tree_attention(made)
+    for _ in range(2):
+        score(made, DATA, LEAVES)[0].trunk.sum().backward()
+    # The second gradient is added to the first, which was clipped to norm 1.
+    first = torch.nn.utils.get_total_norm([weight.grad for weight in made.parameters()]) / 2
+    expected = first + 1
+    norm = float((tmp_path / f"norm_{gathers_whole}").read_text())
+    assert norm == pytest.approx(expected.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def layer_by_layer() -> None:
+    """By arithmetic no device holds all weights while it decodes."""
+    arithmetic = sharding.training_bytes
+    sharding.training_bytes = lambda *args: arithmetic(*args) | {"generate": 1e15}
+
+
+def test_layer_by_layer_in_bfloat16_is_what_gathering_once_is(tmp_path, model):
+    words = ["--model", model, "--shard", "true", "--dtype", "bfloat16", "--checkpointing", "true"]
+    for name, before in (("once", None), ("layers", layer_by_layer)):
+        runs = [({}, words_of(tmp_path / name, words))]
+        assert finish(start(2, tmp_path / "log", commands, runs, before)) == [0, 0]
+    once, layers = tmp_path / "once", tmp_path / "layers"
+    assert same_bits(weights(once / "policy"), weights(layers / "policy"))
+    assert metrics(once) == metrics(layers)
+    assert "layer by layer" in (tmp_path / "log").read_text()
+
+
+def test_a_sharded_run_in_bfloat16_with_recomputation_learns_what_a_plain_one_does(tmp_path, model):
+    words = [*QUIET, "--model", model, "--method", "sft", "--sft-epochs", "4"]
+    words += ["--dtype", "bfloat16", "--checkpointing", "true", "--shard"]
+    runs = [({}, words_of(tmp_path / shard_, [*words, shard_])) for shard_ in ("true", "false")]
+    log = tmp_path / "log"
+    assert finish(start(2, log, commands, runs)) == [0, 0], log.read_text()[-2000:]
+    sharded, plain = (
+        [row["nll"] for row in metrics(tmp_path / x, "sft")] for x in ("true", "false")
+    )
+    assert sharded == pytest.approx(plain, rel=0.02) and sharded[-1] < 0.95 * sharded[0]
+
+
+def test_episodes_played_together_fit_into_the_memory(tmp_path, monkeypatch, model):
+    import training
+
+    asked, plays = [], training.run_episodes
+
+    def watched(*args, batch, **more):
+        asked.append(batch)
+        return plays(*args, batch=batch, **more)
+
+    monkeypatch.setattr(training, "run_episodes", watched)
+    words = ["--model", model, "--method", "base", "--eval-each", "", "--eval-splits", "test"]
+    words += ["--eval-tasks", "5", "--episodes", "4"]
+    whole = run(tmp_path / "x", *words)
+    monkeypatch.setattr("system.model.placement", lambda *_: Placement(1, True))
+    monkeypatch.setattr(Ranks, "memory", lambda self: 10**6)
+    small = run(tmp_path / "y", *words)
+    assert asked[0] == 4 and 1 <= asked[1] < 4
+    episodes = "eval/final_test.jsonl"
+    assert (whole / episodes).read_text() == (small / episodes).read_text()
