@@ -156,8 +156,12 @@ def read_episodes(agent: Agent, i: int) -> list[Trajectory]:
     return episodes
 
 
-def score_pool(agent: Agent, pool: list[Encoded], label: str) -> list[Scores]:
-    """One scoring pass over whole trajectories, shared among the ranks; on the CPU, float32."""
+def score_pool(agent: Agent, pool: list[Encoded], label: str, fields: str) -> list[Scores]:
+    """One scoring pass over whole trajectories, shared among the ranks.
+
+    fields: what is kept of the Scores, on the CPU in float32. For large models hidden states are
+    gigabytes.
+    """
     ranks = agent.ranks
     mine = ranks.shares(range(len(pool)), lambda number: pool[number].tokens)[ranks.rank]
     mine = sorted(mine, key=lambda number: pool[number].tokens)
@@ -166,19 +170,18 @@ def score_pool(agent: Agent, pool: list[Encoded], label: str) -> list[Scores]:
         for micro in grouped(mine, lambda number: pool[number].tokens, agent.config.micro_tokens):
             scores = score(agent.policy, [pool[number] for number in micro])
             for number, one in zip(micro, scores):
-                found[number] = on_cpu(one)
+                found[number] = on_cpu(one, fields.split())
             bar.update(len(micro))
     for part in ranks.gather(found):
         found |= part
     return [found[number] for number in range(len(pool))]
 
 
-def on_cpu(scores: Scores) -> Scores:
+def on_cpu(scores: Scores, fields: list[str]) -> Scores:
     """Copies, not views: a view would keep all of its storage."""
-    copies = {}
-    for name, tensor in vars(scores).items():
-        if tensor is not None:
-            copies[name] = tensor.float().cpu().clone()
+    copies = dict.fromkeys(vars(scores))
+    for name in fields:
+        copies[name] = getattr(scores, name).float().cpu().clone()
     return replace(scores, **copies)
 
 
@@ -250,7 +253,7 @@ def score_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
     pool = []
     for pair in pairs:
         pool += [pair.chosen, pair.rejected]
-    scores = score_pool(agent, pool, f"iteration {i}: reference")
+    scores = score_pool(agent, pool, f"iteration {i}: reference", "trunk")
     if agent.ranks.rank == 0:
         sums = torch.tensor([one.trunk.sum() for one in scores]).view(-1, 2)
         write_tensors(agent.run.path(f"iter_{i}/pairs.safetensors"), {"reference": sums})
@@ -291,9 +294,9 @@ def retrain_on_successes(agent: Agent, i: int) -> None:
     """RFT: SFT from the base model, on the expert's trajectories and on new successes."""
     experts = [demonstration.encoded for demonstration in agent.experts]
     own = []
-    for episode in new_episodes(agent, i):
-        if episode.reward >= agent.config.success:
-            own.append((episode, encode(episode, agent.tokenizer)))
+    successes = [one for one in read_episodes(agent, i) if one.reward >= agent.config.success]
+    for episode in new_episodes(agent, successes):
+        own.append((episode, encode(episode, agent.tokenizer)))
     retrain(agent, i, experts, own)
 
 
@@ -312,18 +315,18 @@ def retrain_on_marked(agent: Agent, i: int) -> None:
                 "remove it from the expert data"
             )
     own = []
-    for episode in new_episodes(agent, i):
+    for episode in new_episodes(agent, read_episodes(agent, i)):
         own.append((episode, encode_marked(episode, episode.reward >= agent.config.success)))
     retrain(agent, i, experts, own)
 
 
-def new_episodes(agent: Agent, i: int) -> list[Trajectory]:
+def new_episodes(agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
     """Those whose actions repeat neither an expert's nor an earlier episode's."""
     seen = set()
     for demonstration in agent.experts:
         seen.add((demonstration.task_id, action_texts(demonstration.trajectory)))
     found = []
-    for episode in read_episodes(agent, i):
+    for episode in episodes:
         key = (episode.task_id, action_texts(episode))
         if key not in seen:
             seen.add(key)
@@ -437,7 +440,9 @@ def judge(agent: Agent, i: int, reward: str) -> None:
             f"episodes of {len(places)} tasks are too few for two value heads; give more train "
             "tasks"
         )
-    scores = score_pool(agent, [one.encoded for one in played], f"iteration {i}: values")
+    fields = "trunk_tokens trunk_hidden state_hidden"
+    encoded = [one.encoded for one in played]
+    scores = score_pool(agent, encoded, f"iteration {i}: values", fields)
     sizes = [len(one.encoded.spans) for one in played]
     # One entry a step, of all episodes: [S].
     places = torch.tensor([place[one.task_id] for one in played])

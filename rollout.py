@@ -339,7 +339,7 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
     cache = LeafCache(trunks, rows.trunk[writing], branch)
     token = rows.written[writing, rows.common[writing]]
     while len(writing) > 0:
-        position = cache.prefix + cache.length
+        position = within_context(model, cache.prefix + cache.length)
         hidden = forward(model, token[:, None], position[:, None], cache)[:, 0]
         cache.advance()
         place = (rows.common[writing] + cache.length).clamp(max=rows.longest)
@@ -350,6 +350,11 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
             if alive.any():
                 cache.keep(alive.nonzero()[:, 0])
             writing, token = writing[alive], token[alive]
+
+
+def within_context(model, positions: Tensor) -> Tensor:
+    """What nobody reads, padding and finished rows, must not stand past the model's context."""
+    return positions.clamp(max=model.config.max_position_embeddings - 1)
 
 
 def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
@@ -535,7 +540,8 @@ def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_t
         padded = [players[i].pending + [0] * (width - len(players[i].pending)) for i in group]
         ids = torch.tensor(padded, device=device)
         rows = torch.tensor(group, device=device)
-        out = forward(model, ids, cache.begin(width, rows), cache)
+        positions = within_context(model, cache.begin(width, rows))
+        out = forward(model, ids, positions, cache)
         last = torch.tensor([len(players[i].pending) - 1 for i in group], device=device)
         hidden[rows] = out[torch.arange(len(group), device=device), last].to(hidden.dtype)
     for i in reading:
@@ -577,7 +583,8 @@ def write_actions(
         if any(writing):
             # The others idle: their length stands still.
             cache.lengths = torch.tensor([player.length for player in players], device=device)
-            hidden = forward(model, token[:, None], cache.begin(1), cache)[:, 0]
+            positions = within_context(model, cache.begin(1))
+            hidden = forward(model, token[:, None], positions, cache)[:, 0]
             for player, writes in zip(players, writing):
                 player.length += writes
     return hidden, written

@@ -16,6 +16,7 @@ the model call was given: TrunkAndLeaves (a scoring pass), LeafCache (decoding p
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -415,21 +416,24 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         # An outline has no weights to check.
         model.set_attn_implementation(NAME)
     else:
-        # In the precision of the weights, whatever the caller's autocast.
-        with torch.autocast(model.device.type, enabled=False):
-            reference = ordinary_logps(model)
-            model.set_attn_implementation(NAME)
-            try:
-                check_family(model, reference)
-            except InputError:
-                model.set_attn_implementation(usual)
-                raise
+        try:
+            check_family(model)
+        except InputError:
+            model.set_attn_implementation(usual)
+            raise
     # A method of the model, so that sharded weights are gathered around trunk and head alike.
     model.scoring = MethodType(scoring, model)
-    # References and old log-probs must be those that training would compute.
+    turn_dropout_off(model)
+
+
+def turn_dropout_off(model) -> None:
+    """References and old log-probs must be those that training would compute."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Tensor:
@@ -516,68 +520,126 @@ def check_tokens(model) -> tuple[list[int], list[tuple[int, list[int]]]]:
     return ids[:CHECK_TRUNK], leaves
 
 
-@torch.no_grad()
-def ordinary_logps(model) -> Tensor:
-    """Next-token log-probs on trunk and leaves, one ordinary pass each, with eager attention."""
-    usual = model.config._attn_implementation
+@contextmanager
+def in_float32(model):
+    """Half-precision parameters are float32 inside, without autocast: what differs is wrong."""
+    half = {}
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            half[parameter] = parameter.dtype
+            parameter.data = parameter.data.float()
     was_training = model.training
     model.eval()
-    model.set_attn_implementation("eager")
-    trunk, leaves = check_tokens(model)
-    rows = []
-    for prefix, ids in [(0, trunk), *leaves]:
-        sequence = torch.tensor([trunk[:prefix] + ids], device=model.device)
-        rows.append(model(sequence, use_cache=False).logits[0, prefix:])
-    model.set_attn_implementation(usual)
-    model.train(was_training)
-    return torch.log_softmax(torch.cat(rows).float(), -1)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        model.train(was_training)
+        for parameter, dtype in half.items():
+            parameter.data = parameter.data.to(dtype)
 
 
-@torch.no_grad()
-def check_family(model, reference: Tensor) -> None:
-    """InputError unless tree attention gives the model's own log-probs.
+def check_family(model) -> None:
+    """Switches to tree attention; InputError unless it gives the model's own log-probs.
 
-    No list of families decides. Soft-capped attention, sinks, state-space layers and masks that the
-    tree lacks all show as a difference.
+    No list of families decides. A made-up trunk with two leaves is scored, practised and played,
+    and compared with ordinary passes. Soft-capped attention, sinks, state-space layers and masks
+    that the tree lacks all show as a difference.
     """
     trunk, leaves = check_tokens(model)
-    tree = TrunkAndLeaves()
+    try:
+        with in_float32(model):
+            model.set_attn_implementation("eager")
+            ordinary = [ordinary_logits(model, trunk, 0)]
+            for branch, ids in leaves:
+                ordinary.append(ordinary_logits(model, trunk[:branch] + ids, branch))
+            model.set_attn_implementation(NAME)
+            tree = TrunkAndLeaves()
+            scored = scored_logits(model, tree, trunk, leaves)
+            if not tree.kept:
+                raise InputError("its layers do not ask the tree")
+            decoded = decoded_logits(model, tree, leaves)
+            played = played_logits(model, trunk)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{unsupported(model)} fails under it ({reason})") from error
+    check_lengths(model, tree)
+    ours = torch.log_softmax(torch.cat([scored, decoded, played]).float(), -1)
+    theirs = torch.log_softmax(torch.cat([*ordinary, *ordinary[1:], ordinary[0]]).float(), -1)
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= 1e-3:
+        raise InputError(
+            f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats "
+            "(soft-capping, attention sinks, another mask or no attention at all); use a model "
+            "with plain softmax attention, such as Llama, Mistral, Qwen or Gemma 3"
+        )
+
+
+def ordinary_logits(model, ids: list[int], start: int) -> Tensor:
+    """Next-token logits from token `start` on, by the model's own pass."""
+    return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, start:]
+
+
+def scored_logits(model, tree: TrunkAndLeaves, trunk: list[int], leaves: list) -> Tensor:
+    """The same for trunk and leaves by one scoring pass, which `tree` keeps."""
+    tree.kept = {}
     tree.add_trunk(trunk)
     tree.add_leaves(leaves)
     ids = torch.tensor([tree.ids], device=model.device)
     positions = torch.tensor([tree.position], device=model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        logits = head(model, forward(model, ids, positions, tree)[0])
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{unsupported(model)} fails under it ({reason})") from error
-    finally:
-        model.train(was_training)
-    check_window(model, tree)
-    difference = (torch.log_softmax(logits.float(), -1) - reference).abs().max().item()
-    # Half-precision weights round; what is wrong in kind is far off in any precision.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.3
-    if not difference <= tolerance:
-        raise InputError(
-            f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats "
-            "(soft-capping, attention sinks, another mask or no attention at all); use a model "
-            "with plain softmax attention, such as Llama, Mistral, Qwen, Gemma 3 or Phi-3"
-        )
+    return head(model, forward(model, ids, positions, tree)[0])
 
 
-def check_window(model, tree: TrunkAndLeaves) -> None:
-    """InputError where only the library's masks know of a window: check_tokens are too short."""
-    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(model.config, "sliding_window", None)
-    told = {window for _, window in tree.masks}
-    if not window or "sliding_attention" not in kinds or window in told:
-        return
-    if window < model.config.max_position_embeddings:
+def decoded_logits(model, tree: TrunkAndLeaves, leaves: list) -> Tensor:
+    """The same for the leaves, decoded token by token from the trunk that `tree` has kept."""
+    trunks = {}
+    for layer, (keys, values) in tree.kept.items():
+        trunks[layer] = [(keys[0, :, : tree.sizes[0]], values[0, :, : tree.sizes[0]])]
+    prefix = torch.tensor([branch for branch, _ in leaves], device=model.device)
+    tokens = torch.tensor([ids for _, ids in leaves], device=model.device)
+    cache = LeafCache(trunks, torch.zeros_like(prefix), prefix)
+    logits = []
+    for ids in tokens.T:
+        position = cache.prefix + cache.length
+        logits.append(head(model, forward(model, ids[:, None], position[:, None], cache)[:, 0]))
+        cache.advance()
+    return torch.stack(logits, 1).flatten(0, 1)
+
+
+def played_logits(model, trunk: list[int]) -> Tensor:
+    """The same for the trunk, read as an episode is: a first turn, a second, one token."""
+    cache = RowCache(1, model.device)
+    logits = []
+    for start, end in ((0, 7), (7, len(trunk) - 1), (len(trunk) - 1, len(trunk))):
+        ids = torch.tensor([trunk[start:end]], device=model.device)
+        logits.append(head(model, forward(model, ids, cache.begin(end - start), cache)[0]))
+        cache.lengths += end - start
+    return torch.cat(logits)
+
+
+def check_lengths(model, tree: TrunkAndLeaves) -> None:
+    """InputError for what shows on longer sequences only: check_tokens are few."""
+    config = model.config
+    context = config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None)
+    told = {seen for _, seen in tree.masks}
+    if window and "sliding_attention" in kinds and window not in told and window < context:
         raise InputError(
             f"{unsupported(model)} is not told of its sliding window of {window} tokens; use a "
             "model without one, or of another family"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "longrope" in str(rope):
+        raise InputError(
+            f"{unsupported(model)} has longrope, under which a token depends on how long its "
+            "neighbours in the pass are; use a model with another rope"
+        )
+    sparse = getattr(config, "index_topk", None)
+    if sparse and sparse < context:
+        raise InputError(
+            f"{unsupported(model)} attends to {sparse} tokens at most; use a model with plain "
+            "softmax attention"
         )
 
 

@@ -91,6 +91,9 @@ def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -
         folder = run.path(f"checkpoints/{name}")
         manifest = ranks.gather({"found": read_manifest(folder)})[0]["found"]
         if manifest and manifest["phase"] != run.current:
+            # Left by a kill at the end of that phase.
+            if ranks.rank == 0:
+                shutil.rmtree(folder)
             continue
         if manifest and checksums(ranks, folder, list(manifest["files"])) == manifest["files"]:
             tensors = learnt_tensors(policy, optimizer)

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -56,7 +57,11 @@ def exit_soon(number: int) -> None:
 
 
 class PostponedSignal:
-    """Inside, Ctrl-C and SIGTERM only leave their number here, for the end of an update."""
+    """Inside, Ctrl-C and SIGTERM only leave their number here, for the end of an update.
+
+    A second one leaves at once, unless it comes within a second: torchrun passes a scheduler's
+    signal on, so each process gets it twice.
+    """
 
     number = 0
 
@@ -69,7 +74,8 @@ class PostponedSignal:
             signal.signal(number, handler)
 
     def _postpone(self, number: int, frame) -> None:
-        # torchrun passes a scheduler's signal on, so each process gets it twice.
         if not self.number:
+            self.number, self.since = number, time.monotonic()
             exit_soon(number)
-        self.number = number
+        elif time.monotonic() - self.since > 1:
+            stop(number, frame)

@@ -186,6 +186,15 @@ class RunDir:
             return {"state": state, "made_by": json.loads(read_text(self.path("config.json")))}
         return None
 
+    def _is_run(self) -> bool:
+        """Files are removed from a run directory alone: its config.json names the code."""
+        if not self.path("config.json").exists():
+            return False
+        try:
+            return "code" in json.loads(read_text(self.path("config.json")))
+        except ValueError:
+            return False
+
     def _compare(self, now: dict, earlier: dict) -> None:
         """InputError unless options and code are those of the earlier start."""
         changed = []
@@ -211,8 +220,7 @@ class RunDir:
         """Removes what another run or a start that failed early has left; writes config.json."""
         if self.config.restart:
             self.say(f"{self.out} begins again; to continue it later, leave --restart out")
-        # A folder without a log is no run directory, its files are somebody else's.
-        for pattern in OWN_FILES if self.path("metrics.jsonl").exists() else ():
+        for pattern in OWN_FILES if self._is_run() else ():
             for path in self.out.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         ask = "git rev-parse --verify --quiet HEAD"

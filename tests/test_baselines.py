@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from forged import after, changed, copy_of, failed, forge, nudge, opened, same
 from ranks import (
     QUIET,
     distance,
@@ -18,13 +17,10 @@ from ranks import (
     same_bits,
     two_layers,
     weights,
-    words_of,
 )
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import baselines
-import losses
 import naive
 import stepagent
 import training
@@ -33,16 +29,10 @@ from baselines import (
     expert_over_agent,
     higher_over_lower,
     marked,
-    read_advantages,
     read_episodes,
-    read_played,
 )
-from discriminator import Head
-from rollout import score
-from stepagent import METHODS, Config, prepare
-from system.files import write_tensors
+from stepagent import METHODS
 from system.run_dir import RunDir
-from training import Agent
 from trajectory import InputError, Step, Trajectory, encode
 
 ONE = [*QUIET, "--method"]
@@ -58,75 +48,6 @@ def model(tmp_path_factory):
 
 def rows(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).open()]
-
-
-# -------------------------------------------------------------------------------- forged episodes
-
-Writer = Callable[[Trajectory, int], Trajectory]
-
-
-def forge(monkeypatch, write: Writer) -> None:
-    """The agent's training episodes are write(expert trajectory, number of the episode)."""
-    numbers = iter(range(10**6))
-
-    def played(agent, tasks, label, prompt, temperature, seed):
-        experts = {one.task_id: one.trajectory for one in agent.experts}
-        episodes = [write(experts[task], next(numbers)) for task in tasks]
-        for episode in episodes:
-            steps = []
-            for step in episode.steps:
-                ids = agent.tokenizer(step.action + "<|end|>").input_ids
-                steps.append(replace(step, ids=ids))
-            episode.steps = steps
-        return episodes
-
-    monkeypatch.setattr(baselines, "play", played)
-
-
-def same(expert: Trajectory, number: int) -> Trajectory:
-    return copy_of(expert)
-
-
-def copy_of(expert: Trajectory, steps=None, reward=1.0, **more) -> Trajectory:
-    turns = [Step(step.observation, step.action) for step in steps or expert.steps]
-    return Trajectory(expert.task_id, [], turns, reward, info={"invalid": 0}, **more)
-
-
-def changed(expert: Trajectory, word, reward=1.0) -> Trajectory:
-    """The expert's trajectory with another first thought."""
-    first, *rest = expert.steps
-    thought = first.action.replace("Thought:", f"Thought: {word}")
-    return copy_of(expert, [replace(first, action=thought), *rest], reward)
-
-
-def failed(expert: Trajectory, word) -> Trajectory:
-    return changed(expert, word, 0.0)
-
-
-def cut(expert: Trajectory, steps: int, reward: float) -> Trajectory:
-    """An episode that the step limit ended."""
-    return copy_of(expert, expert.steps[:steps], reward, truncated=True, last="Nothing happens.")
-
-
-def opened(out: Path, *words: str) -> Agent:
-    """The agent of a run that may have begun, with its last policy."""
-    config = stepagent.parse(words_of(out, words))
-    return prepare(config, METHODS[config.method])
-
-
-def after(out: Path, monkeypatch, write: Writer, *words: str) -> Agent:
-    """The agent of a run whose training episodes are forged and that makes no update."""
-    forge(monkeypatch, write)
-    for module in (training, baselines):
-        monkeypatch.setattr(module, "train", lambda *rest: None)
-    run(out, *words)
-    return opened(out, *words)
-
-
-def nudge(policy: torch.nn.Module) -> None:
-    """Another policy, near this one."""
-    for weight in policy.parameters():
-        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
 
 
 # ------------------------------------------------------------------------------------ whole methods
@@ -495,255 +416,3 @@ def test_an_expert_trajectory_that_a_mark_makes_longer_than_the_context_is_named
     says = "trajectory train-[0-9]+ and NAT's mark are longer than the model's context; remove it"
     with pytest.raises(InputError, match=says):
         run(tmp_path / "x", *ONE, "nat", "--samples", "1", "--model", model)
-
-
-# --------------------------------------------------------------------------- PPO on whole episodes
-
-
-def constant_values(monkeypatch, value: float, fitted: list) -> None:
-    """Value heads say `value`, whatever they see; fitted: the steps that they would learn from."""
-
-    def fit(head, features, loss_on, fold, lr, seed):
-        fitted.extend([*fold.learn.tolist(), *fold.held_out.tolist()])
-        for weight in head.parameters():
-            weight.data.zero_()
-        head.mlp[-1].bias.data.fill_(value)
-        return {"loss": 0.0}
-
-    monkeypatch.setattr(baselines, "fit", fit)
-
-
-def test_advantages_of_whole_episodes_by_hand(tmp_path, monkeypatch, model):
-    """V = 0.5 everywhere, gamma 1, lambda 0.95.
-
-    Success: the last delta is 1 - 0.5. The first episode ended by itself with nothing: -0.5. Two
-    were cut: the value of their last state stands in, delta 0; it is no target of the value head.
-    """
-    fitted = []
-    constant_values(monkeypatch, 0.5, fitted)
-
-    def write(expert, number):
-        if number % 2:
-            return copy_of(expert)
-        return cut(expert, 3, 0.0) if number else copy_of(expert, expert.steps[:3], 0.0)
-
-    words = [*ONE, "ppo", "--iterations", "1", "--model", model]
-    agent = after(tmp_path / "x", monkeypatch, write, *words)
-    expected, real = [], []
-    played = read_advantages(agent, 1)
-    for number, one in enumerate(played):
-        is_cut = number in (2, 4)
-        delta = 0.5 if number % 2 else -0.5
-        if is_cut:
-            delta = 0.0
-        expected += [0.95 ** (one.steps - 1 - step) * delta for step in range(one.steps)]
-        assert one.real.tolist() == [True] * one.steps + [False] * is_cut
-        assert len(one.encoded.spans) == one.steps + is_cut == len(one.lengths)
-        real += one.real.tolist()
-    real = torch.tensor(real)
-    advantages = torch.cat([one.advantage for one in played])
-    assert torch.allclose(advantages[real], losses.whiten(torch.tensor(expected)), atol=1e-5)
-    assert not advantages[~real].any()
-    assert set(fitted) == set(real.nonzero()[:, 0].tolist())
-    assert torch.equal(load_file(agent.run.path("iter_1/advantages.safetensors"))["real"], real)
-
-
-def test_an_end_that_outgrows_the_context_has_no_state_after_it(tmp_path, monkeypatch, model):
-    """There is no value to stand in for what would have come."""
-
-    def write(expert, number):
-        return copy_of(expert, expert.steps[:3], 0.0, truncated=True, last="far too long " * 500)
-
-    agent = after(tmp_path / "x", monkeypatch, write, *ONE, "ppo", "--model", model)
-    for one in read_played(agent, 1):
-        assert one.episode.truncated and one.real.tolist() == [True] * 3
-
-
-@pytest.mark.parametrize("value, more", [(0.7, 0.1), (0.2, 0.0)])
-def test_a_cut_episode_is_not_paid_twice(tmp_path, monkeypatch, model, value, more):
-    """Reward 0.6 at the cut and V = 0.7 there: 0.1 more would have come. A V below adds nothing."""
-    constant_values(monkeypatch, value, [])
-    given, last_values, discounts, gae = [], [], [], losses.gae
-
-    def watched(rewards, values, gamma, lam, last_value=0.0):
-        given.append(rewards.tolist())
-        last_values.append(last_value)
-        discounts.append((gamma, lam))
-        return gae(rewards, values, gamma, lam, last_value)
-
-    monkeypatch.setattr(losses, "gae", watched)
-    words = [*ONE, "ppo", "--iterations", "1", "--gamma", "0.9", "--gae-lambda", "0.8"]
-    words += ["--model", model]
-    after(tmp_path / "x", monkeypatch, lambda expert, number: cut(expert, 3, 0.6), *words)
-    # Six returns, then six advantages.
-    assert last_values[:6] == [0.0] * 6
-    assert last_values[6:] == pytest.approx([more] * 6, abs=1e-6)
-    assert discounts == [(0.9, 1.0)] * 6 + [(0.9, 0.8)] * 6
-    # The reward is the last action's, not that of the state after it.
-    rewards = [0.0, 0.0, pytest.approx(0.6)]
-    assert given == [[*rewards, 0.0]] * 6 + [rewards] * 6
-
-
-def test_a_value_head_goes_on_in_the_next_iteration(tmp_path, monkeypatch, model):
-    begun, fit = [], baselines.fit
-
-    def watched(head, *rest):
-        begun.append({name: weight.clone() for name, weight in head.state_dict().items()})
-        return fit(head, *rest)
-
-    monkeypatch.setattr(baselines, "fit", watched)
-    out = run(tmp_path / "x", *ONE, "ppo", "--model", model)
-    for fold in (0, 1):
-        saved = load_file(out / "iter_1" / f"value_{fold}.safetensors")
-        assert same_bits(saved, begun[2 + fold]) and not same_bits(saved, begun[fold])
-
-
-def test_figures_of_the_judge_by_hand(tmp_path, monkeypatch, model):
-    """Returns are 1 in three episodes and 0 in the others. Values are half of them."""
-
-    def fit_values(agent, i, states, returns, places, real):
-        return returns / 2, {}
-
-    def write(expert, number):
-        return copy_of(expert, reward=float(number % 2))
-
-    monkeypatch.setattr(baselines, "fit_values", fit_values)
-    words = [*ONE, "ppo", "--iterations", "1", "--model", model]
-    agent = after(tmp_path / "x", monkeypatch, write, *words)
-    steps = [len(one.trajectory.steps) for one in agent.experts]
-    [row] = metrics(agent.run.out, "judge")
-    assert row["explained"] == pytest.approx(0.75) and row["step_rewards"] == 0
-    assert row["returns"] == pytest.approx(sum(steps[1::2]) / sum(steps))
-
-
-def test_ppo_makes_rewarded_episodes_likelier(tmp_path, monkeypatch, model):
-    def write(expert, number):
-        return changed(expert, "good", 1.0) if number % 2 else changed(expert, "bad", 0.0)
-
-    forge(monkeypatch, write)
-    words = [*ONE, "ppo", "--iterations", "1", "--lr", "1e-2", "--epochs", "4", "--entropy", "0"]
-    words += ["--model", model]
-    out = run(tmp_path / "x", *words)
-    first = metrics(out, "ppo")[0]
-    assert first["ratio"] == pytest.approx(1, abs=1e-5) and first["clip_share"] == 0
-    assert first["kl"] == pytest.approx(0, abs=1e-6)
-    agent = opened(out, *words)
-    good, bad = [], []
-    for one in read_advantages(agent, 1):
-        with torch.no_grad():
-            [now] = score(agent.policy, [one.encoded])
-        moved = (now.trunk_tokens - one.old_tokens).mean().item()
-        (good if one.episode.reward else bad).append(moved)
-    assert sum(good) / len(good) - sum(bad) / len(bad) > 0.01
-
-
-def test_the_loss_of_ppo_by_hand(tmp_path, monkeypatch, model):
-    """Clipped PPO, entropy and KL over real actions' tokens, divided by those of the batch."""
-
-    def write(expert, number):
-        return cut(expert, 2, 0.0) if number % 2 else copy_of(expert)
-
-    words = [*ONE, "ppo", "--iterations", "1", "--model", model]
-    agent = after(tmp_path / "x", monkeypatch, write, *words)
-    batch = read_advantages(agent, 1)[:3]
-    nudge(agent.policy)
-    agent.save("other")
-    agent.config.entropy, agent.config.kl, agent.config.ppo_passes = 0.3, 0.7, 3
-    given = {}
-
-    def record(agent, name, iteration, batches, loss_of, rate_at):
-        given["name"], given["batches"] = name, batches
-        given["loss"], given["info"] = loss_of(batch[:2], batch)
-
-    monkeypatch.setattr(baselines, "train", record)
-    baselines.reflect_episodes(agent, 1)
-    policy = LlamaForCausalLM.from_pretrained(agent.run.path("other"), attn_implementation="eager")
-    objective, entropy, kl = 0.0, 0.0, 0.0
-    for one in batch[:2]:
-        pairs = naive.expert_pairs([one.encoded])[: one.steps]
-        old = one.old_tokens.split(one.lengths.tolist())
-        for pair, before, advantage in zip(pairs, old, one.advantage.tolist()):
-            logps = naive.token_logps(policy, *pair)
-            for ratio in (logps - before).exp().tolist():
-                bounded = min(max(ratio, 0.8), 1.2)
-                objective += min(ratio * advantage, bounded * advantage)
-                kl += 1 / ratio - 1 + math.log(ratio)
-            entropy += naive.entropies(policy, *pair).sum().item()
-    count = sum(sum(one.lengths.tolist()[: one.steps]) for one in batch)
-    expected = (-objective - 0.3 * entropy + 0.7 * kl) / count
-    assert given["loss"].item() == pytest.approx(expected, rel=1e-3)
-    assert given["info"]["entropy"].item() == pytest.approx(entropy / count, rel=1e-3)
-    assert given["info"]["kl"].item() == pytest.approx(kl / count, rel=1e-3)
-    assert given["name"] == "ppo"
-    # Three passes over six episodes, each in an order of its own.
-    order = [one.task_id for one_batch in given["batches"] for one in one_batch]
-    passes = [order[:6], order[6:12], order[12:]]
-    assert all(len(set(names)) == len(names) == 6 for names in passes)
-    assert passes[0] != passes[1] != passes[2]
-
-
-def test_episodes_of_too_few_tasks_for_two_value_heads_are_refused(tmp_path, monkeypatch, model):
-    words = [*ONE, "ppo", "--practice-experts", "3", "--model", model]
-    with pytest.raises(InputError, match="episodes of 3 tasks are too few for two value heads"):
-        after(tmp_path / "x", monkeypatch, changed, *words)
-
-
-# -------------------------------------------------------------------------- Table 3: final and both
-
-
-def test_both_rewards_weigh_alike_and_a_cut_episodes_last_state_has_none(
-    tmp_path, monkeypatch, model
-):
-    rewards, gae = [], losses.gae
-
-    def watched(own, values, gamma, lam, last_value=0.0):
-        rewards.append(own.clone())
-        return gae(own, values, gamma, lam, last_value)
-
-    def write(expert, number):
-        return changed(expert, number, float(number % 2)) if number % 3 else cut(expert, 2, 0.0)
-
-    monkeypatch.setattr(losses, "gae", watched)
-    words = [*QUIET, "--method", "stepagent-inverse", "--reward", "both", "--iterations", "1"]
-    agent = after(tmp_path / "x", monkeypatch, write, *words, "--model", model)
-    played = read_played(agent, 1)
-    final = torch.tensor([one.episode.reward for one in played])
-    steps = torch.tensor([own.sum() for own in rewards[: len(played)]]) - final
-    assert steps.std(unbiased=False).item() == pytest.approx(
-        final.std(unbiased=False).item(), rel=1e-4
-    )
-    is_cut = [one.episode.truncated for one in played]
-    assert is_cut == [True, False, False] * 2
-    for own in (own for own, truncated in zip(rewards, is_cut) if truncated):
-        assert len(own) == 3 and own[:2].abs().min() > 0 and own[2] == 0
-    kinds = {row["phase"] for row in metrics(agent.run.out)}
-    assert {"inspect", "discriminate", "explore", "judge"} <= kinds
-
-
-def test_a_step_is_judged_by_the_discriminator_that_did_not_learn_from_its_task(tmp_path):
-    """Heads that say +3 and -3, whatever they see; log D + log 2 is clamped at both ends."""
-    agent = Agent(Config(), None, None, None, [], None, None, [], 1)
-    agent.run = SimpleNamespace(path=lambda name: tmp_path / name)
-    for fold, bias in ((0, 3.0), (1, -3.0)):
-        head = Head(4)
-        for weight in head.parameters():
-            weight.data.zero_()
-        head.mlp[-1].bias.data.fill_(bias)
-        path = tmp_path / f"iter_2/discriminator_{fold}.safetensors"
-        write_tensors(path, head.state_dict())
-    places = torch.tensor([0, 1, 1, 2, 3])
-    found = baselines.step_rewards(agent, 2, torch.randn(5, 4), places)
-    high = math.log(2) + math.log(1 / (1 + math.exp(-3)))
-    low = -math.log(2)
-    assert found.tolist() == pytest.approx([high, low, low, high, low])
-
-
-@pytest.mark.parametrize("reward", ["final", "both"])
-def test_whole_episode_rewards_of_inverse_go_through_their_phases(tmp_path, model, reward):
-    """With `final` nothing is inspected: it is Table 2's PPO under another name."""
-    words = [*QUIET, "--method", "stepagent-inverse", "--reward", reward, "--iterations", "1"]
-    out = run(tmp_path / "x", *words, "--model", model)
-    kinds = {row["phase"] for row in metrics(out)}
-    assert kinds == {"sft", "explore", "judge", "stepagent-inverse"} | (
-        {"inspect", "discriminate"} if reward == "both" else set()
-    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forged import assert_ppo_loss, nudge
 from ranks import (
     QUIET,
     assert_alike,
@@ -222,8 +223,7 @@ def test_the_implicit_loss_is_the_naive_one(tmp_path, monkeypatch, start_from):
     out = run(tmp_path / "x", *ONE, *start_from)
     agent = reopened(out)
     # Another policy than the one that practised.
-    for weight in agent.policy.parameters():
-        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
+    nudge(agent.policy)
     agent.save("other")
     batch = read_practice(agent, 1)[:3]
     found = {}
@@ -313,8 +313,7 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     out = run(tmp_path / "x", *ONE, *start_from, *words)
     agent = reopened(out)
     agent.config.entropy, agent.config.kl = 0.3, 0.7
-    for weight in agent.policy.parameters():
-        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
+    nudge(agent.policy)
     agent.save("other")
     batch = read_practice(agent, 1)[:3]
     generator = torch.Generator().manual_seed(0)
@@ -333,26 +332,13 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     batch[0].differs.zero_()
     stepagent.reflect_inverse(agent, 1, batch, log_d)
     policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
-    objective, entropy, kl, clipped = 0.0, 0.0, 0.0, 0
+    actions = []
     for one, advantage in zip(batch[:2], step_advantages(log_d)):
-        first = 0
         pairs = naive.leaf_pairs([one.encoded], [one.leaves])
-        for pair, value in zip(pairs, advantage.flatten().tolist()):
-            logps = naive.token_logps(policy, *pair)
-            old = one.ref_tokens[first : first + len(logps)]
-            first += len(logps)
-            for ratio in (logps - old).exp().tolist():
-                bounded = min(max(ratio, 0.8), 1.2)
-                objective += min(ratio * value, bounded * value)
-                kl += 1 / ratio - 1 + math.log(ratio)
-                clipped += abs(ratio - 1) > 0.2
-            entropy += naive.entropies(policy, *pair).sum().item()
+        old = one.ref_tokens.split([len(ids) for _, ids in one.leaves])
+        actions += zip(pairs, old, advantage.flatten().tolist())
     count = sum(len(one.ref_tokens) for one in batch)
-    expected = (-objective - 0.3 * entropy + 0.7 * kl) / count
-    assert given["loss"].item() == pytest.approx(expected, rel=1e-3)
-    assert given["info"]["entropy"].item() == pytest.approx(entropy / count, rel=1e-3)
-    assert given["info"]["kl"].item() == pytest.approx(kl / count, rel=1e-3)
-    assert clipped > 0 and given["info"]["clip_share"].item() == pytest.approx(clipped / count)
+    assert_ppo_loss(given["loss"], given["info"], policy, actions, count)
     # Every pass takes every trajectory, in an order of its own; equal actions count, too.
     order = [one.task_id for one_batch in given["batches"] for one in one_batch]
     passes = [tuple(order[first : first + 3]) for first in range(0, len(order), 3)]

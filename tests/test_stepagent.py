@@ -221,6 +221,13 @@ def test_bad_input_is_one_line_with_the_remedy(tmp_path, words, says):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--model", "--init", "--prompt-file"])
+def test_what_is_missing_is_found_before_the_expert_plays(tmp_path, option):
+    with pytest.raises(InputError, match="/no/such/thing"):
+        run(tmp_path / "x", *QUIET, option, "/no/such/thing")
+    assert not (tmp_path / "x" / "experts.jsonl").exists()
+
+
 def test_rewards_of_whole_episodes_want_tasks_of_the_environment(tmp_path, model):
     """Practice alone takes any trajectory."""
     trajectories = []

@@ -6,7 +6,7 @@ import random
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, Phi3Config
 
 import tree
 from trajectory import InputError
@@ -515,10 +515,10 @@ def test_a_new_model_from_a_scored_model_s_config_scores_too():
 
 REASONS = {
     "gemma2": "soft-capping",
-    "stablelm": "differs from its own forward pass by",
+    "stablelm": "its layers do not ask the tree",
     "gpt_oss": "sinks",
     "mamba": "fails under it",
-    "falcon": "differs from its own forward pass by",
+    "falcon": "its layers do not ask the tree",
     "phimoe": "not told of its sliding window of 30 tokens",
     "doge": "not told of its sliding window of 30 tokens",
 }
@@ -539,6 +539,39 @@ def test_a_refused_model_stays_as_it_was(family, is_training):
         assert model.config._attn_implementation == attention
         assert model.training == is_training
     assert torch.equal(logits_of(model.eval(), list(range(12))), before)
+
+
+def test_half_precision_weights_are_checked_in_float32():
+    """Their own passes differ by whole nats where logits are large. The weights stay."""
+    model = tiny.model().bfloat16()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    use_tree_attention(model)
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
+
+
+def other_model(config, **options):
+    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    size |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**size | options)).eval()
+
+
+def test_a_model_that_attends_twice_a_layer_cannot_be_practised_with():
+    """DiffLlama: scoring alone would be exact."""
+    with pytest.raises(InputError, match="'diffllama': attention over trunk and leaves differs"):
+        use_tree_attention(other_model(DiffLlamaConfig))
+
+
+def test_longrope_is_refused():
+    """What a token is depends on the longest position in its pass."""
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "long_factor": factors, "short_factor": factors}
+    rope |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    model = other_model(Phi3Config, rope_parameters=rope)
+    with pytest.raises(InputError, match="'phi3': .* has longrope"):
+        use_tree_attention(model)
 
 
 @pytest.mark.parametrize("window", [None, 256])
