@@ -24,7 +24,8 @@ def product_files(config) -> list[Path]:
 
     These are the modules of the repository that are in use, and the file of the environment.
     """
-    files = {ROOT / "stepagent.py", ROOT / "benchmarks/files.py"}
+    files = {ROOT / "stepagent.py"}
+    files |= {ROOT / "benchmarks/files.py", ROOT / "benchmarks/workers.py"}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "/")
         if path.parent in (ROOT, ROOT / "system"):
