@@ -546,8 +546,8 @@ def check_family(model) -> None:
     and compared with ordinary passes. Soft-capped attention, sinks, state-space layers and masks
     that the tree lacks all show as a difference.
     """
-    trunk, leaves = check_tokens(model)
     try:
+        trunk, leaves = check_tokens(model)
         with in_float32(model):
             model.set_attn_implementation("eager")
             ordinary = [ordinary_logits(model, trunk, 0)]
