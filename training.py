@@ -190,7 +190,7 @@ def practice_record(
 
 
 def read_practice(agent: Agent, i: int) -> list[Practised]:
-    """Always from disk: a run that was killed here goes on from the same bits."""
+    """Always from disk: a killed run continues from the same bits."""
     saved = load_file(agent.run.path(f"iter_{i}/practice.safetensors"))
     k = agent.config.practice
     practised = []

@@ -387,7 +387,7 @@ def tree_attention(
 ):
     """The attention function that transformers calls. query [R, H, T, D], key [R, H_kv, T, D].
 
-    Without a tree it is the library's own: a model that was scored goes on working for others.
+    Without a tree it is the library's own: a model that was scored still works for others.
     """
     if tree is None:
         more |= {"scaling": scaling, "sliding_window": sliding_window}

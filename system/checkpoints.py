@@ -1,4 +1,4 @@
-"""Checkpoints inside a phase: a run that was stopped or killed goes on after its last saved update.
+"""Checkpoints inside a phase: a stopped or killed run continues after its last saved update.
 
 checkpoints/<updates done> holds safetensors of each rank's part and a manifest with checksums. It
 is written under another name and moved into place; two are kept.

@@ -31,7 +31,7 @@ transformers.logging.disable_progress_bar()
 def load_policy(
     run: RunDir, ranks: Ranks, experts: list[Trajectory], starts_again: bool = False
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """The policy with tree attention, and its tokenizer; a run that goes on gets its last policy.
+    """The policy with tree attention, and its tokenizer; a continued run gets its last policy.
 
     Weights are float32, those that LoRA freezes have the compute type. experts: the text for the
     tokenizer of `--model tiny`. starts_again: forget() will be called.

@@ -1,7 +1,7 @@
 """The run directory: its lock, its finished phases, its log and its report.
 
 A run is a list of phases. Each leaves its results as files in the directory, and state.json names
-the finished ones, so the same command goes on where an earlier start stopped. What an unfinished
+the finished ones, so the same command continues where an earlier start stopped. What an unfinished
 phase has done is in checkpoints.py.
 """
 
@@ -62,7 +62,7 @@ class RunDir:
     def phase(self, name: str, work: Callable, *args, reads: Callable | None = None):
         """Calls work(*args) unless an earlier start has finished this phase; -> reads(*args).
 
-        Results always come back from disk, so a resumed run goes on from the same bits. Nothing
+        Results always come back from disk, so a resumed run continues from the same bits. Nothing
         else is to restore: random numbers are seeded by what they are drawn for, and every phase
         makes its own optimizer.
         """
