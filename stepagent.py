@@ -108,13 +108,15 @@ def inverse(agent: Agent, i: int) -> None:
     """StepAgent-Inverse: practice, a discriminator of expert and agent, then PPO on log D."""
     run, reward = agent.run, agent.config.reward
     if reward == "final":
-        return baselines.ppo(agent, i)
+        baselines.ppo(agent, i)
+        return
     # Line 7, eq. 4-5.
     practised = run.phase(f"inspect_{i}", inspect, agent, i, reads=read_practice)
     # Lines 10-11, eq. 11.
     log_d = run.phase(f"discriminate_{i}", discriminate, agent, i, practised, reads=read_log_d)
     if reward == "both":
-        return baselines.learn_from_episodes(agent, i, "both")
+        baselines.learn_from_episodes(agent, i, "both")
+        return
     # Line 12, eq. 8 and 10.
     run.phase(f"reflect_{i}", reflect_inverse, agent, i, practised, log_d)
 

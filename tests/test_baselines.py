@@ -331,6 +331,13 @@ def test_rft_starts_from_the_base_model_and_adds_each_success_once(tmp_path, mon
     assert (row["own_trajectories"], row["own_successes"]) == (12, 12)
 
 
+def test_rft_keeps_a_success_that_follows_a_failure_of_the_same_words(tmp_path, monkeypatch, model):
+    forge(monkeypatch, lambda expert, number: changed(expert, "new", float(number // 6 % 4 > 0)))
+    out = run(tmp_path / "x", *ONE, "rft", "--sft-lr", "0", "--model", model)
+    [row] = metrics(out, "retrain")
+    assert (row["own_trajectories"], row["own_successes"]) == (6, 6)
+
+
 def test_rft_forgets_what_sft_has_learnt(tmp_path, monkeypatch, model):
     """With no success of its own its SFT is the first one again."""
     forge(monkeypatch, failed)

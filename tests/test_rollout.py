@@ -427,6 +427,19 @@ def test_practice_ends_where_the_context_does():
     assert [len(own) for own in expected] == [12, 9, 1]
 
 
+def test_finished_rows_do_not_stand_past_the_context():
+    """GPT-2 has no position there. A row that ends early idles beside one that goes on."""
+    model = tiny.model("gpt2", context=24)
+    ordinary = copy.deepcopy(model)
+    ids = random_ids(24, torch.Generator().manual_seed(2))
+    spans = [(8, 10), (15, 17), (22, 23), (23, 24)]
+    found = practice(model, [Encoded(ids, spans)], 1, 0.0, 12, {2})
+    expected = []
+    for start, room in ((8, 12), (15, 9), (22, 2), (23, 1)):
+        expected.append(naive.greedy(ordinary, ids[:start], room, {2}))
+    assert flat(found) == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_long_practice_outgrows_its_first_buffer(family):
     model = tiny.model(family)

@@ -6,7 +6,13 @@ import random
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, DiffLlamaConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    GPT2Config,
+    Phi3Config,
+    Starcoder2Config,
+)
 
 import tree
 from trajectory import InputError
@@ -562,6 +568,16 @@ def test_a_model_that_attends_twice_a_layer_cannot_be_practised_with():
     """DiffLlama: scoring alone would be exact."""
     with pytest.raises(InputError, match="'diffllama': attention over trunk and leaves differs"):
         use_tree_attention(other_model(DiffLlamaConfig))
+
+
+def test_training_has_no_dropout():
+    """Starcoder2 keeps its rates as plain numbers, GPT-2 in modules."""
+    for config in (Starcoder2Config, GPT2Config):
+        model = other_model(config, residual_dropout=0.5, embedding_dropout=0.5, resid_pdrop=0.5)
+        use_tree_attention(model)
+        ids = torch.arange(12)[None]
+        evaluated = model.eval()(ids).logits
+        torch.testing.assert_close(model.train()(ids).logits, evaluated, atol=1e-6, rtol=1e-6)
 
 
 def test_longrope_is_refused():
