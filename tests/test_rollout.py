@@ -432,11 +432,13 @@ def test_finished_rows_do_not_stand_past_the_context():
     model = tiny.model("gpt2", context=24)
     ordinary = copy.deepcopy(model)
     ids = random_ids(24, torch.Generator().manual_seed(2))
-    spans = [(8, 10), (15, 17), (22, 23), (23, 24)]
-    found = practice(model, [Encoded(ids, spans)], 1, 0.0, 12, {2})
+    # One of seven ends early: too few to leave the batch.
+    starts = [3, 5, 7, 9, 11, 12, 22]
+    encoded = Encoded(ids, [(start, start + 1) for start in starts])
+    found = practice(model, [encoded], 1, 0.0, 12, {-1})
     expected = []
-    for start, room in ((8, 12), (15, 9), (22, 2), (23, 1)):
-        expected.append(naive.greedy(ordinary, ids[:start], room, {2}))
+    for start in starts:
+        expected.append(naive.greedy(ordinary, ids[:start], min(12, 24 - start), {-1}))
     assert flat(found) == expected
 
 

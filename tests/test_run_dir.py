@@ -251,6 +251,15 @@ def test_a_run_holds_its_directory_until_it_ends(tmp_path):
     assert not is_locked(tmp_path / "x" / "lock")
 
 
+def test_a_log_alone_does_not_make_a_folder_a_run(tmp_path):
+    """Somebody else's metrics.jsonl, and a policy that must stay."""
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "model.safetensors").write_text("mine")
+    open_dir(tmp_path)
+    assert (tmp_path / "policy" / "model.safetensors").read_text() == "mine"
+
+
 def test_all_machines_must_see_the_directory(tmp_path):
     """A rank whose folder of that name is another one does not find rank 0's lock."""
 
