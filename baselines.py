@@ -15,8 +15,8 @@ of the round. A trajectory that repeats the expert's word by word has no gradien
 
 `--method stepagent-inverse --reward both` is PPO on episodes, too. Each action gets log D + log 2,
 clamped at +-log 2, as log D alone, never positive, would reward an early end. It is scaled so that
-an episode's step rewards and its final reward spread alike over the episodes. D is the one of the
-practice actions and judges states that it was not trained on.
+an episode's step rewards and its final reward spread alike over the episodes. D is the one that the
+iteration trained on practice.
 """
 
 from __future__ import annotations
@@ -31,16 +31,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import losses
-from discriminator import FOLDS, Head, fit, fold_of, mean_figures
-from rollout import Scores, grouped, score
+from discriminator import (
+    FOLDS,
+    Head,
+    fit,
+    fold_of,
+    mean_figures,
+    part_name,
+    parts_of,
+    split_by_part,
+)
+from rollout import score
 from system.files import read_text, write_tensors
-from system.model import forget
+from system.model import forget, read_back, read_weights
 from training import (
     Agent,
     batches,
     falling_rate,
     imitate,
     play,
+    score_all,
     took,
     train,
     write_episodes,
@@ -156,35 +166,6 @@ def read_episodes(agent: Agent, i: int) -> list[Trajectory]:
     return episodes
 
 
-def score_pool(agent: Agent, pool: list[Encoded], label: str, fields: str) -> list[Scores]:
-    """One scoring pass over whole trajectories, shared among the ranks.
-
-    fields: what is kept of the Scores, on the CPU in float32. For large models hidden states are
-    gigabytes.
-    """
-    ranks = agent.ranks
-    mine = ranks.shares(range(len(pool)), lambda number: pool[number].tokens)[ranks.rank]
-    mine = sorted(mine, key=lambda number: pool[number].tokens)
-    found = {}
-    with agent.generating(label, len(mine)) as bar:
-        for micro in grouped(mine, lambda number: pool[number].tokens, agent.config.micro_tokens):
-            scores = score(agent.policy, [pool[number] for number in micro])
-            for number, one in zip(micro, scores):
-                found[number] = on_cpu(one, fields.split())
-            bar.update(len(micro))
-    for part in ranks.gather(found):
-        found |= part
-    return [found[number] for number in range(len(pool))]
-
-
-def on_cpu(scores: Scores, fields: list[str]) -> Scores:
-    """Copies, not views: a view would keep all of its storage."""
-    copies = dict.fromkeys(vars(scores))
-    for name in fields:
-        copies[name] = getattr(scores, name).float().cpu().clone()
-    return replace(scores, **copies)
-
-
 # ------------------------------------------------------------ pairs of trajectories: DPO, SPIN, ETO
 
 
@@ -253,7 +234,7 @@ def score_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
     pool = []
     for pair in pairs:
         pool += [pair.chosen, pair.rejected]
-    scores = score_pool(agent, pool, f"iteration {i}: reference", "trunk")
+    scores = score_all(agent, pool, None, f"iteration {i}: reference", "trunk")
     if agent.ranks.rank == 0:
         sums = torch.tensor([one.trunk.sum() for one in scores]).view(-1, 2)
         write_tensors(agent.run.path(f"iter_{i}/pairs.safetensors"), {"reference": sums})
@@ -440,9 +421,9 @@ def judge(agent: Agent, i: int, reward: str) -> None:
             f"episodes of {len(places)} tasks are too few for two value heads; give more train "
             "tasks"
         )
-    fields = "trunk_tokens trunk_hidden state_hidden"
+    fields = "trunk trunk_tokens state_hidden"
     encoded = [one.encoded for one in played]
-    scores = score_pool(agent, encoded, f"iteration {i}: values", fields)
+    scores = score_all(agent, encoded, None, f"iteration {i}: values", fields)
     sizes = [len(one.encoded.spans) for one in played]
     # One entry a step, of all episodes: [S].
     places = torch.tensor([place[one.task_id] for one in played])
@@ -450,8 +431,7 @@ def judge(agent: Agent, i: int, reward: str) -> None:
     real = torch.cat([one.real for one in played])
     rewards = torch.zeros(len(real))
     if reward == "both":
-        actions = torch.cat([one.trunk_hidden for one in scores])
-        rewards = step_rewards(agent, i, actions, places)
+        rewards = step_rewards(agent, i, played, [one.trunk for one in scores])
         rewards[~real] = 0
         rewards *= scale_like_final(rewards.split(sizes), played)
     step_sum = rewards.sum().item()
@@ -485,18 +465,22 @@ def judge(agent: Agent, i: int, reward: str) -> None:
     )
 
 
-def step_rewards(agent: Agent, i: int, actions: Tensor, places: Tensor) -> Tensor:
-    """log D + log 2 of each action, within +-log 2. [S, d] features -> [S]."""
+def step_rewards(agent: Agent, i: int, played: list[Played], before: list[Tensor]) -> Tensor:
+    """log D + log 2 of each action, within +-log 2; before: its log-prob by pi_i. -> [S]"""
     most = math.log(2)
-    rewards = torch.zeros(len(actions))
-    for number in FOLDS:
-        judged = fold_of(places, number).judge
-        head = Head(actions.shape[1])
-        path = agent.run.path(f"iter_{i}/discriminator_{number}.safetensors")
-        head.load_state_dict(load_file(path))
-        with torch.no_grad():
-            rewards[judged] = losses.step_reward(head(actions[judged])) + most
-    return rewards.clamp(-most, most)
+    run, ranks = agent.run, agent.ranks
+    logps = {}
+    for part in parts_of(agent.config):
+        _, scored = split_by_part(agent, played, part)
+        name = part_name("discriminator", part)
+        read_weights(run, ranks, agent.policy, run.path(f"iter_{i}/{name}"))
+        encoded = [one.encoded for one in scored]
+        scores = score_all(agent, encoded, None, f"iteration {i}: D on episodes", "trunk")
+        # A task may have several episodes.
+        logps |= {id(one): now.trunk for one, now in zip(scored, scores)}
+    read_back(run, ranks, agent.policy)
+    logits = [logps[id(one)] - old for one, old in zip(played, before)]
+    return (losses.step_reward(torch.cat(logits)) + most).clamp(-most, most)
 
 
 def scale_like_final(rewards: tuple[Tensor, ...], played: list[Played]) -> float:
@@ -535,7 +519,7 @@ def fit_value(head: Head, states: Tensor, returns: Tensor, fold, agent: Agent, s
     def loss_on(steps: Tensor) -> Tensor:
         return losses.value_loss(head(states[steps]), returns[steps])[0]
 
-    return fit(head, states[fold.learn], loss_on, fold, agent.config.d_lr, seed)
+    return fit(head, states[fold.learn], loss_on, fold, agent.config.value_lr, seed)
 
 
 def episode_advantages(agent: Agent, played: list[Played], rewards, values) -> Tensor:

@@ -1,6 +1,10 @@
-"""The discriminator D and the value head: small heads on the policy's frozen features.
+"""The discriminator D of StepAgent-Inverse, and the value head of PPO on whole episodes.
 
-They are fitted in two folds by task, so that no head judges what it was fitted to.
+    D(s, a) = p_phi(a | s) / (p_phi(a | s) + pi_i(a | s))
+
+phi begins as a copy of the policy pi_i, where D is 1/2, and learns eq. 11 end to end (reading 4).
+The logit of D is log p_phi(a | s) - log pi_i(a | s): it comes out of the same pass over trunk and
+leaves as everything else.
 """
 
 from __future__ import annotations
@@ -9,21 +13,132 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import losses
+from rollout import Scores
+from system.files import write_tensors
+from training import Agent, Practised
 from trajectory import InputError
+
+# ------------------------------------------------------------------------------------------------ D
+
+
+class Judged(NamedTuple):
+    """What D says of one trajectory's actions: [S] the expert's, [S, K] practice."""
+
+    expert: Tensor
+    agent: Tensor
+
+
+def logits_of(now: Scores, before: Practised) -> Judged:
+    """Logits of D. now: scores by phi; before: those by pi_i."""
+    device = now.trunk.device
+    expert = now.trunk - before.ref_expert.to(device)
+    agent = now.leaves.view(before.ref_agent.shape) - before.ref_agent.to(device)
+    return Judged(expert, agent)
+
+
+def discriminator_loss(scores: list[Scores], micro: list[Practised], batch: list[Practised]):
+    """Eq. 11 on the actions of a micro-batch, divided by the whole batch's numbers."""
+    judged = [logits_of(now, before) for now, before in zip(scores, micro)]
+    expert = torch.cat([one.expert for one in judged])
+    agent = torch.cat([one.agent.flatten() for one in judged])
+    count_expert = sum(len(one.ref_expert) for one in batch)
+    count_agent = sum(one.ref_agent.numel() for one in batch)
+    return losses.discriminator_loss(expert, agent, count_expert, count_agent)  # eq. 11
+
+
+def parts_of(config) -> list[int | None]:
+    """Which discriminators an iteration trains (--d-scores).
+
+    learnt: one, which scores what it learnt from. held-out: two, each learns from one half of the
+    tasks and scores the other.
+    """
+    return [None] if config.d_scores == "learnt" else [0, 1]
+
+
+def part_name(name: str, part: int | None) -> str:
+    return name if part is None else f"{name}_{part}"
+
+
+def split_by_part(agent: Agent, items: list, part: int | None) -> tuple[list, list]:
+    """Of items with .task_id: those that this D learns from, and those that it scores."""
+    if part is None:
+        return items, items
+    places = agent.fold_places()
+    halves = [[], []]
+    for item in items:
+        halves[places[item.task_id] % 2].append(item)
+    return halves[1 - part], halves[part]
+
+
+def save_logits(agent: Agent, i: int, part: int | None, judged: list[Judged]) -> None:
+    if agent.ranks.rank == 0:
+        tensors = {
+            "expert": torch.cat([one.expert for one in judged]),
+            "agent": torch.cat([one.agent for one in judged]),
+        }
+        write_tensors(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"), tensors)
+
+
+def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[Judged]:
+    """log D of every action, line 12, in the order of `practised`."""
+    log_d = {}
+    for part in parts_of(agent.config):
+        _, scored = split_by_part(agent, practised, part)
+        saved = load_file(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"))
+        steps = [len(one.ref_expert) for one in scored]
+        expert = losses.step_reward(saved["expert"]).split(steps)
+        actions = losses.step_reward(saved["agent"]).split(steps)
+        for one, *of_one in zip(scored, expert, actions):
+            log_d[one.task_id] = Judged(*of_one)
+    return [log_d[one.task_id] for one in practised]
+
+
+def figures_of(judged: list[Judged], practised: list[Practised], where: str) -> dict[str, float]:
+    """How well D tells expert from practice; where: learnt or held_out, the end of the names."""
+    if not judged:
+        return {}
+    expert = torch.cat([one.expert for one in judged])
+    agent = torch.cat([one.agent for one in judged])
+    differs = torch.cat([one.differs for one in practised])
+    loss = losses.discriminator_loss(expert, agent.flatten())[0].item()
+    figures = {
+        f"d_auc_{where}": losses.area_under_curve(expert, agent.flatten()),
+        f"d_loss_{where}": loss,
+    }
+    if where == "held_out":
+        # The minimum of eq. 11 is 2 log 2 - 2 JS, so that any D gives a lower bound.
+        figures["js"] = math.log(2) - loss / 2
+    if differs.any():
+        above = expert[:, None] > agent
+        figures[f"d_pairs_{where}"] = above[differs].float().mean().item()
+    return figures
+
+
+def reward_figures(log_d: list[Judged], practised: list[Practised]) -> dict[str, float]:
+    """What log D, the reward, says of expert and practice actions."""
+    expert = torch.cat([one.expert for one in log_d])
+    agent = torch.cat([one.agent for one in log_d])
+    equal = ~torch.cat([one.differs for one in practised])
+    means = {"log_d_expert": expert.mean().item(), "log_d_agent": agent.mean().item()}
+    return means | losses.reward_gap(agent, equal)
+
+
+# --------------------------------------------------------------------------------------- value head
 
 FOLDS = (0, 1)
 
 
 class Head(nn.Module):
-    """A small MLP on frozen features, [.., d] -> [..].
+    """V(s): a small MLP on the policy's frozen hidden state at the state's last token.
 
-    The discriminator D(s, a) = P(the expert wrote a in s), as a logit, reads the hidden state at
-    the action's last token (reading 4). The value V(s) reads the one at the state's last token.
+    [.., d] -> [..]. Heads are fitted in two folds by task, so that none judges what it learnt.
     """
 
     def __init__(self, features: int, width: int = 64):

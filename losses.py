@@ -83,13 +83,19 @@ def dpo_loss(
     return loss, {name: figure.detach() for name, figure in info.items()}
 
 
-def discriminator_loss(logit_expert: Tensor, logit_agent: Tensor) -> tuple[Tensor, Info]:
+def discriminator_loss(
+    logit_expert: Tensor,
+    logit_agent: Tensor,
+    count_expert: float | None = None,
+    count_agent: float | None = None,
+) -> tuple[Tensor, Info]:
     """Eq. 11 with D = P(expert), so that it is bounded. [N], [M] logits of D.
 
-    -E_expert[log D] - E_agent[log(1 - D)]
+    -E_expert[log D] - E_agent[log(1 - D)]; 2 log 2 where D is 1/2. The counts are the denominators
+    of the two means.
     """
-    expert_term = _mean(-F.logsigmoid(logit_expert), None)
-    agent_term = _mean(-F.logsigmoid(-logit_agent), None)
+    expert_term = _mean(-F.logsigmoid(logit_expert), count_expert)
+    agent_term = _mean(-F.logsigmoid(-logit_agent), count_agent)
     loss = expert_term + agent_term  # eq. 11
     return loss, {"d_loss": loss.detach()}
 

@@ -9,9 +9,9 @@ bit on one CPU process; GPU kernels add up in no fixed order). Where the paper i
 contradicts itself we read it as follows; docs/readings.md gives the reasons.
 
  1. D = P(expert), trained by the usual cross-entropy; the reward log D rises with expert-likeness.
- 2. D is trained on the iteration's data first, then come the PPO steps; D is warm-started.
- 3. D never scores what it was trained on: two folds by task. log D is clamped at -5.
- 4. D is a small MLP on the policy's frozen last hidden state at the action's final token.
+ 2. D is trained on the iteration's data first, from 1/2 everywhere; then come the PPO steps.
+ 3. D scores the practice that it learnt from, as in Algorithm 1. log D is clamped at -5.
+ 4. D = p_phi / (p_phi + pi_i): phi is a copy of the policy, trained with eq. 11 end to end.
  5. The reference of eq. 6 is the policy at the start of the iteration, scored once and kept.
  6. Eq. 2 lacks the log that eq. 3 has: SFT is the mean NLL of action tokens, stop token included.
  7. Evaluation is greedy; practice samples at temperature 1, the only one for which PPO is right.
@@ -30,23 +30,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import baselines
 import losses
-from discriminator import FOLDS, Head, fit, fold_of, mean_figures
+from discriminator import (
+    Judged,
+    discriminator_loss,
+    figures_of,
+    logits_of,
+    part_name,
+    parts_of,
+    read_log_d,
+    reward_figures,
+    save_logits,
+    split_by_part,
+)
 from envs import env_options, make_env, some
 from rollout import Scores, episode_figures, grouped, pass_tokens, practice, score
 from system.experts import give_prompt, load_experts, product_files, read_prompt
-from system.files import read_text, write_tensors
-from system.model import load_policy, read_tokenizer
+from system.files import read_text, write_text
+from system.model import load_policy, read_back, read_tokenizer, save_policy
 from system.options import default
 from system.options import parse as parse_options
 from system.program import program
@@ -58,14 +67,17 @@ from training import (
     Practised,
     as_leaves,
     batches,
+    cosine,
     falling_rate,
     imitate,
     imitation_loss,
     play,
     practice_figures,
-    practice_record,
+    practised_from,
     read_practice,
+    rounded,
     save_practice,
+    score_all,
     took,
     train,
     write_episodes,
@@ -113,7 +125,9 @@ def inverse(agent: Agent, i: int) -> None:
     # Line 7, eq. 4-5.
     practised = run.phase(f"inspect_{i}", inspect, agent, i, reads=read_practice)
     # Lines 10-11, eq. 11.
-    log_d = run.phase(f"discriminate_{i}", discriminate, agent, i, practised, reads=read_log_d)
+    for part in parts_of(agent.config):
+        run.phase(part_name(f"discriminate_{i}", part), discriminate, agent, i, practised, part)
+    log_d = read_log_d(agent, i, practised)
     if reward == "both":
         baselines.learn_from_episodes(agent, i, "both")
         return
@@ -149,7 +163,8 @@ IMITATION = "sft_lr sft_batch sft_epochs warmup sft_experts "
 REFLECTION = IMITATION + "lr batch epochs practice_experts "
 ROUNDS = REFLECTION + "iterations "
 RETRAINING = IMITATION + "practice_experts explore_temperature samples success"
-PPO = "clip ppo_passes entropy kl temperature gamma gae_lambda d_lr samples "
+PPO = "clip ppo_passes entropy kl temperature gamma gae_lambda value_lr samples "
+DISCRIMINATOR = "d_lr d_epochs d_batch d_scores expert_in_group "
 
 METHODS = {
     "base": Method(0, None, "", imitates=False),
@@ -169,7 +184,7 @@ METHODS = {
     ),
     "eto": Method(3, baselines.eto, ROUNDS + "beta explore_temperature samples", plays=True),
     "stepagent-implicit": Method(3, implicit, ROUNDS + "practice temperature beta dpo_nll"),
-    "stepagent-inverse": Method(7, inverse, ROUNDS + PPO + "practice reward"),
+    "stepagent-inverse": Method(7, inverse, ROUNDS + PPO + DISCRIMINATOR + "practice reward"),
 }
 
 
@@ -245,8 +260,17 @@ class Config:
     dpo_nll: float = 0.0
     # Table 3: step = log D of practice actions; final = the environment's, of whole episodes; both
     reward: Literal["step", "final", "both"] = "step"
-    # learning rate of the discriminator and of the value head
-    d_lr: float = default(1e-4, tiny=1e-3)
+    # learning rate of the discriminator, a copy of the policy
+    d_lr: float = default(2.5e-6, tiny=5e-4)
+    # its passes over the iteration's actions
+    d_epochs: int = 2
+    # practice actions per update of the discriminator
+    d_batch: int = 64
+    # the discriminator scores what it learnt from (Algorithm 1), or the other half of the tasks
+    d_scores: Literal["learnt", "held-out"] = "learnt"
+    # the expert's action learns from its own log D, too, beside the state's practice (not in the
+    # paper)
+    expert_in_group: bool = False
     # PPO clip range
     clip: float = 0.2
     # PPO passes over the iteration's practice actions
@@ -269,6 +293,8 @@ class Config:
     gamma: float = 1.0
     # GAE's lambda
     gae_lambda: float = 0.95
+    # learning rate of the value head
+    value_lr: float = default(1e-4, tiny=1e-3)
 
     # ---- optimisation and memory
     # gradient norm is clipped to this
@@ -308,38 +334,14 @@ class Config:
 
 def inspect(agent: Agent, i: int) -> None:
     """Line 7, eq. 5: K practice actions at every expert step, with their log-probs."""
-    config, run, ranks = agent.config, agent.run, agent.ranks
+    config, run = agent.config, agent.run
     started = time.time()
-    mine = ranks.shares(
-        agent.practice_set, lambda one: expected_tokens(one.encoded, config.practice)
-    )
-    # Like lengths together: less padding.
-    mine = sorted(mine[ranks.rank], key=lambda one: one.encoded.tokens)
-    found = {}
-    with agent.generating(f"iteration {i}: practice", len(mine)) as bar:
-        for group in groups_that_fit(agent, mine):
-            encoded = [demonstration.encoded for demonstration in group]
-            seeds = [agent.seed(i, demonstration.task_id) for demonstration in group]
-            actions = practice(
-                agent.policy,
-                encoded,
-                config.practice,
-                config.temperature,
-                config.max_new_tokens,
-                stop_ids(agent.tokenizer),
-                [torch.Generator().manual_seed(seed) for seed in seeds],
-                config.micro_tokens,
-            )  # eq. 5
-            found |= score_practice(agent, group, actions)
-            bar.update(len(group))
-    # On rank 0 alone: for a large model these are gigabytes of features.
-    parts = ranks.collect(found)
-    if ranks.rank > 0:
+    temperatures = [config.temperature] * config.practice
+    label = f"iteration {i}: practice"
+    practised = practise(agent, agent.practice_set, temperatures, label, i)
+    if agent.ranks.rank > 0:
         return
-    for part in parts:
-        found |= part
-    save_practice(agent, i, [found[demonstration.task_id] for demonstration in agent.practice_set])
-    practised = read_practice(agent, i)
+    save_practice(agent, i, practised)
     write_practice(agent, i, practised)
     figures = practice_figures(agent, practised)
     run.log("inspect", i, 0, **figures, seconds=time.time() - started)
@@ -349,18 +351,57 @@ def inspect(agent: Agent, i: int) -> None:
     )
 
 
+def practise(
+    agent: Agent, demonstrations: list[Demonstration], temperatures: list[float], label: str, *seed
+) -> list[Practised]:
+    """An action at each temperature in every state of these demonstrations, on all ranks.
+
+    seed: what the random numbers are drawn for, beside the task.
+    """
+    config, ranks = agent.config, agent.ranks
+    copies = len(temperatures)
+    shares = ranks.shares(demonstrations, lambda one: expected_tokens(one.encoded, copies))
+    # Like lengths together: less padding.
+    mine = sorted(shares[ranks.rank], key=lambda one: one.encoded.tokens)
+    found = {}
+    with agent.generating(label, len(mine)) as bar:
+        for group in groups_that_fit(agent, mine, copies):
+            encoded = [demonstration.encoded for demonstration in group]
+            seeds = [agent.seed(*seed, demonstration.task_id) for demonstration in group]
+            actions = practice(
+                agent.policy,
+                encoded,
+                copies,
+                temperatures,
+                config.max_new_tokens,
+                stop_ids(agent.tokenizer),
+                [torch.Generator().manual_seed(seed) for seed in seeds],
+                config.micro_tokens,
+            )  # eq. 5
+            found |= score_practice(agent, group, actions)
+            bar.update(len(group))
+    for part in ranks.gather(found):
+        found |= part
+    practised = []
+    for demonstration in demonstrations:
+        practised.append(replace(found[demonstration.task_id], demonstration=demonstration))
+    return practised
+
+
 def expected_tokens(encoded: Encoded, k: int) -> int:
     """What practice on a trajectory costs, before anything is sampled."""
     return encoded.tokens + k * encoded.action_tokens
 
 
-def groups_that_fit(agent: Agent, demonstrations: list[Demonstration]) -> list[list[Demonstration]]:
+def groups_that_fit(
+    agent: Agent, demonstrations: list[Demonstration], copies: int
+) -> list[list[Demonstration]]:
     """Trajectories whose practice is decoded together: at most --leaves, within the memory."""
     config, room = agent.config, agent.cache_room()
 
     def share(demonstration: Demonstration) -> float:
         encoded = demonstration.encoded
-        leaves = len(encoded.spans) * config.practice
+        leaves = len(encoded.spans) * copies
         tokens = encoded.tokens + leaves * config.max_new_tokens
         return max(leaves / config.leaves, tokens / room)
 
@@ -368,17 +409,19 @@ def groups_that_fit(agent: Agent, demonstrations: list[Demonstration]) -> list[l
 
 
 def score_practice(
-    agent: Agent, group: list[Demonstration], actions: list
-) -> dict[str, dict[str, Tensor]]:
+    agent: Agent, group: list[Demonstration], actions: list[list[list[list[int]]]]
+) -> dict[str, Practised]:
     """One scoring pass of pi_i: what later phases need, keyed by task."""
     found = {}
-    sized = list(zip(group, map(as_leaves, actions)))
+    sized = list(zip(group, actions, map(as_leaves, actions)))
     limit = agent.config.micro_tokens
-    for micro in grouped(sized, lambda pair: pass_tokens(pair[0].encoded, pair[1]), limit):
-        encoded = [demonstration.encoded for demonstration, _ in micro]
-        scores = score(agent.policy, encoded, [own for _, own in micro])
-        for (demonstration, own), one in zip(micro, scores):
-            found[demonstration.task_id] = practice_record(agent, demonstration, own, one)
+    for micro in grouped(sized, lambda item: pass_tokens(item[0].encoded, item[2]), limit):
+        demonstrations, of_micro, leaves = zip(*micro)
+        scores = score(agent.policy, [one.encoded for one in demonstrations], list(leaves))
+        for demonstration, written, of_one in zip(demonstrations, of_micro, scores):
+            practised = practised_from(agent, demonstration, written, of_one)
+            # It travels between ranks, which have the demonstrations.
+            found[demonstration.task_id] = replace(practised, demonstration=None)
     return found
 
 
@@ -447,88 +490,66 @@ def reflect(agent: Agent, name: str, i: int, shuffled: list[list], loss_of: Call
 # ==================================================== reflection with inverse RL, eq. 8, 10 and 11
 
 
-class LogD(NamedTuple):
-    """log D on one trajectory: [S] expert actions, [S, K] practice actions."""
+def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | None) -> None:
+    """Lines 10-11, eq. 11: trains D on expert and practice actions, and scores practice with it.
 
-    expert: Tensor
-    agent: Tensor
-
-
-def discriminate(agent: Agent, i: int, practised: list[Practised]) -> None:
-    """Lines 10-11, eq. 11: D on expert against practice actions, in two folds (reading 3)."""
-    config, run = agent.config, agent.run
+    The policy becomes phi, is saved as such, and is read back. part: which of the discriminators
+    that --d-scores asks for.
+    """
+    config, run, ranks = agent.config, agent.run, agent.ranks
     started = time.time()
-    if len(practised) < 4:
-        raise InputError(
-            f"{len(practised)} trajectories are too few for two discriminators; give at least 4"
-        )
-    expert = torch.cat([one.expert_hidden for one in practised])  # [all S, d]
-    actions = torch.cat([one.agent_hidden for one in practised])  # [all S, K, d]
-    places = agent.fold_places()
-    place = torch.cat([torch.full(one.ref_expert.shape, places[one.task_id]) for one in practised])
-    log_d = LogD(torch.zeros(expert.shape[0]), torch.zeros(actions.shape[:2]))
-    figures, areas = [], []
-    for number in FOLDS:
-        fold = fold_of(place, number)
-        before = run.path(f"iter_{i - 1}/discriminator_{number}.safetensors")
-        head = Head.load_or_make(before, expert.shape[1], agent.seed("D", number))
-        figures.append(
-            fit_discriminator(head, expert, actions, fold, config.d_lr, agent.seed(i, number))
-        )
-        with torch.no_grad():
-            logit_expert, logit_agent = head(expert[fold.judge]), head(actions[fold.judge])
-        log_d.expert[fold.judge] = losses.step_reward(logit_expert)  # line 12: log D
-        log_d.agent[fold.judge] = losses.step_reward(logit_agent)
-        areas.append(losses.area_under_curve(logit_expert, logit_agent.flatten()))
-        if agent.ranks.rank == 0:
-            path = run.path(f"iter_{i}/discriminator_{number}.safetensors")
-            write_tensors(path, head.state_dict())
-    if agent.ranks.rank == 0:
-        tensors = {"agent": log_d.agent.flatten(), "expert": log_d.expert}
-        write_tensors(run.path(f"iter_{i}/log_d.safetensors"), tensors)
-        write_practice(agent, i, practised, read_log_d(agent, i, practised))
-    equal = ~torch.cat([one.differs for one in practised])
-    area = float(np.mean(areas))
-    run.log(
-        "discriminate",
-        i,
-        0,
-        d_auc=area,
-        log_d_expert=log_d.expert.mean().item(),
-        log_d_agent=log_d.agent.mean().item(),
-        **losses.reward_gap(log_d.agent, equal),
-        **mean_figures(figures, "d"),
-    )
-    run.say(f"discriminate {i}: D's held-out AUC is {area:.3f} (chance: 0.5); {took(started)}")
+    learnt, scored = split_by_part(agent, practised, part)
+    if not learnt or not scored:
+        raise InputError("--d-scores held-out needs at least 2 trajectories; leave it out")
+    unseen = scored
+    if part is None:
+        temperatures = [config.temperature] * config.practice
+        label = f"iteration {i}: practice for D's test"
+        unseen = practise(agent, agent.held_out("dev", 100), temperatures, label, i)
+
+    def loss_of(micro: list[Practised], batch: list[Practised]):
+        scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
+        return discriminator_loss(scores, micro, batch)  # eq. 11
+
+    seeds = [agent.seed("D", i, part, epoch) for epoch in range(config.d_epochs)]
+    shuffled = batches(learnt, lambda one: one.differs.numel(), config.d_batch, seeds)
+
+    def rate_at(step: int) -> float:
+        return config.d_lr * cosine(step / len(shuffled))
+
+    name = part_name("discriminator", part)
+    train(agent, name, i, shuffled, loss_of, rate_at)
+    save_policy(run, ranks, agent.policy, agent.tokenizer, run.path(f"iter_{i}/{name}"))
+    every = learnt + unseen
+    encoded, leaves = [one.encoded for one in every], [one.leaves for one in every]
+    scores = score_all(agent, encoded, leaves, f"iteration {i}: D", "trunk leaves")
+    read_back(run, ranks, agent.policy)
+
+    judged = [logits_of(now, before) for now, before in zip(scores, every)]
+    of_learnt, of_unseen = judged[: len(learnt)], judged[len(learnt) :]
+    save_logits(agent, i, part, of_learnt if part is None else of_unseen)
+    ranks.barrier()
+    figures = figures_of(of_learnt, learnt, "learnt") | figures_of(of_unseen, unseen, "held_out")
+    if part == parts_of(config)[-1]:
+        log_d = read_log_d(agent, i, practised)
+        figures |= reward_figures(log_d, practised)
+        if ranks.rank == 0:
+            write_practice(agent, i, practised, log_d)
+    run.log("discriminate", i, 0, part=part, **figures, seconds=time.time() - started)
+    said = [f"{figures['d_auc_learnt']:.3f} where it learnt"]
+    if unseen:
+        said.append(f"{figures['d_auc_held_out']:.3f} on unseen tasks")
+    run.say(f"discriminate {i}: D's AUC is {', '.join(said)} (chance: 0.5); {took(started)}")
 
 
-def fit_discriminator(head: Head, expert: Tensor, actions: Tensor, fold, lr: float, seed: int):
-    """Eq. 11 on the steps of a fold. expert [S, d], actions [S, K, d]."""
-
-    def loss_on(steps: Tensor) -> Tensor:
-        logit_agent = head(actions[steps]).flatten()
-        return losses.discriminator_loss(head(expert[steps]), logit_agent)[0]  # eq. 11
-
-    features = torch.cat([expert[fold.learn], actions[fold.learn].flatten(0, 1)])
-    return fit(head, features, loss_on, fold, lr, seed)
-
-
-def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[LogD]:
-    saved = load_file(agent.run.path(f"iter_{i}/log_d.safetensors"))
-    steps = [len(one.ref_expert) for one in practised]
-    agents = saved["agent"].view(-1, agent.config.practice).split(steps)
-    return [LogD(*pair) for pair in zip(saved["expert"].split(steps), agents)]
-
-
-def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: list[LogD]) -> None:
+def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: list[Judged]) -> None:
     """Line 12: clipped PPO on the practice actions, with reward log D (reading 10)."""
     config = agent.config
-    advantages = step_advantages(log_d)
-    # The advantage of an action stands on each of its tokens.
+    # [S, K] a trajectory, or [S, 1 + K] with the expert's own action first.
+    advantages = step_advantages(log_d, config.expert_in_group)
     on_tokens = {}
     for one, advantage in zip(practised, advantages):
-        lengths = torch.tensor([len(ids) for _, ids in one.leaves])
-        on_tokens[one.task_id] = advantage.flatten().repeat_interleave(lengths)
+        on_tokens[one.task_id] = advantage_on_tokens(one, advantage)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
         scores = score(
@@ -539,12 +560,20 @@ def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: lis
         )
         logps = torch.cat([one.leaf_tokens for one in scores])
         entropies = torch.cat([one.leaf_entropy for one in scores])
-        old = torch.cat([one.ref_tokens for one in micro]).to(logps.device)
-        advantage = torch.cat([on_tokens[one.task_id] for one in micro]).to(logps.device)
-        count = sum(len(one.ref_tokens) for one in batch)
+        old = torch.cat([one.ref_tokens for one in micro])
+        if config.expert_in_group:
+            logps = torch.cat([*(one.trunk_tokens for one in scores), logps])
+            old = torch.cat([*(one.ref_expert_tokens for one in micro), old])
+        old = old.to(logps.device)
+        of_expert, of_agent = zip(*(on_tokens[one.task_id] for one in micro))
+        advantage = torch.cat([*of_expert, *of_agent]).to(logps.device)
+        written = sum(len(one.ref_tokens) for one in batch)
+        count = written
+        if config.expert_in_group:
+            count += sum(len(one.ref_expert_tokens) for one in batch)
         mask = torch.ones_like(old)
         loss, info = losses.ppo_loss(logps, old, advantage, mask, config.clip, count)  # line 12
-        entropy = entropies.sum() / count  # lambda H of eq. 8
+        entropy = entropies.sum() / written  # lambda H of eq. 8
         kl = losses.kl_k3(logps, old).sum() / count
         loss = loss - config.entropy * entropy + config.kl * kl
         return loss, info | {"entropy": entropy.detach(), "kl": kl.detach()}
@@ -556,16 +585,36 @@ def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: lis
     reflect(agent, "inverse", i, shuffled, loss_of)
 
 
-def step_advantages(log_d: list[LogD]) -> list[Tensor]:
-    """[S, K] a trajectory: log D minus its baseline, whitened over all actions (reading 10)."""
+def step_advantages(log_d: list[Judged], with_expert: bool = False) -> list[Tensor]:
+    """[S, K] a trajectory: log D minus its baseline, whitened over all actions (reading 10).
+
+    with_expert: the expert's action is one more of the state's group and comes first, [S, 1 + K].
+    """
     reward = torch.cat([one.agent for one in log_d])  # [all S, K]
+    if with_expert:
+        expert = torch.cat([one.expert for one in log_d])
+        reward = torch.cat([expert[:, None], reward], 1)
     k = reward.shape[1]
-    # The mean of the state's other practice actions; with one alone, of all.
+    # The mean of the state's other actions; with one alone, of all.
     baseline = reward.mean()
     if k > 1:
         baseline = (reward.sum(1, keepdim=True) - reward) / (k - 1)
     advantage = losses.whiten((reward - baseline).flatten()).view(-1, k)
     return list(advantage.split([len(one.expert) for one in log_d]))
+
+
+def advantage_on_tokens(one: Practised, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """An action's advantage on each of its tokens: [expert tokens or 0], [practice tokens].
+
+    advantage: [S, K], or [S, 1 + K] with the expert's action first.
+    """
+    k = one.ref_agent.shape[1]
+    lengths = torch.tensor([len(ids) for _, ids in one.leaves])
+    of_agent = advantage[:, -k:].flatten().repeat_interleave(lengths)
+    if advantage.shape[1] == k:
+        return of_agent[:0], of_agent
+    spans = torch.tensor([end - start for start, end in one.encoded.spans])
+    return advantage[:, 0].repeat_interleave(spans), of_agent
 
 
 # ============================================================================= control, evaluation
@@ -610,12 +659,45 @@ def evaluate(agent: Agent, name: str, splits: str) -> None:
         for episode in episodes:
             unparsed += sum(parse_action(step.action) is None for step in episode.steps)
         figures = episode_figures(episodes, agent.env)
+        figures |= agreement(agent, split, name)
         run.log("eval", iteration, 0, split=split, name=name, unparsed=unparsed, **figures)
         low, high = figures["success_interval"]
+        agrees = f", mean reward {figures['reward']:.3f}"
+        if "expert_match" in figures:
+            agrees = f", the expert's action in {figures['expert_match']:.1%} of its states"
         run.say(
             f"{name}: success on {split} {figures['success']:.1%} [{low:.1%}, {high:.1%}] of "
-            f"{figures['tasks']} tasks, mean reward {figures['reward']:.3f}; {took(started)}"
+            f"{figures['tasks']} tasks{agrees}; {took(started)}"
         )
+
+
+def agreement(agent: Agent, split: str, name: str) -> dict:
+    """How near the policy is to the expert at states of tasks that nobody learns from.
+
+    expert_nll: nats of the expert's action. expert_match: how often the greedy action is the
+    expert's; expert_match_sampled: a sampled one. Section 5 says that these distributions meet.
+    """
+    demonstrations = agent.held_out(split)
+    if not demonstrations:
+        return {}
+    label = f"{name}: agreement on {split}"
+    practised = practise(agent, demonstrations, [0.0, 1.0], label, "agreement", split)
+    nll = torch.cat([-one.ref_expert for one in practised])
+    match = ~torch.cat([one.differs for one in practised])  # [S, greedy and sampled]
+    if agent.ranks.rank == 0:
+        lines = []
+        for one in practised:
+            row = {"task_id": one.task_id, "nll": rounded(-one.ref_expert)}
+            row |= {"match": (~one.differs[:, 0]).tolist()}
+            lines.append(json.dumps(row) + "\n")
+        write_text(agent.run.path(f"agreement/{name}_{split}.jsonl"), "".join(lines))
+    greedy, sampled = match.float().mean(0).tolist()
+    return {
+        "expert_nll": nll.mean().item(),
+        "expert_match": greedy,
+        "expert_match_sampled": sampled,
+        "expert_states": len(nll),
+    }
 
 
 def split_names(text: str) -> list[str]:

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import losses
-from rollout import Scores, pass_tokens, run_episodes, score
+from envs import some
+from rollout import Scores, grouped, pass_tokens, run_episodes, score
 from system.checkpoints import updates
+from system.experts import load_shown
 from system.files import write_tensors, write_text
 from system.model import save_policy
 from system.ranks import Ranks
@@ -35,6 +37,7 @@ from trajectory import (
     InputError,
     Trajectory,
     action_text,
+    encode,
     parse_action,
     stable_seed,
     stop_ids,
@@ -68,6 +71,8 @@ class Agent:
     experts: list[Demonstration]
     # Iterations of the run: reflection's learning rate falls over all of them.
     iterations: int
+    # Split -> demonstrations that nobody learns from, see held_out.
+    shown: dict[str, list[Demonstration]] = field(default_factory=dict)
 
     @property
     def sft_set(self) -> list[Demonstration]:
@@ -78,6 +83,25 @@ class Agent:
     def practice_set(self) -> list[Demonstration]:
         """At whose states the agent practises: the last --practice-experts."""
         return self.experts[-(self.config.practice_experts or len(self.experts)) :]
+
+    def held_out(self, split: str, most: int = 300) -> list[Demonstration]:
+        """The world's own expert on some tasks of a split, which nobody learns from.
+
+        None where the world has no such split, or where experts come from a file: its authors may
+        act in other words.
+        """
+        if split not in self.shown:
+            most = min(most, self.config.eval_tasks or most)
+            tasks = some(self.env.splits.get(split, []), most)
+            found = [] if self.config.expert else load_shown(self.run, self.env, split, tasks)
+            limit = self.policy.config.max_position_embeddings
+            self.shown[split] = []
+            for trajectory in found:
+                trajectory.prompt = self.prompt
+                encoded = encode(trajectory, self.tokenizer)
+                if encoded.tokens <= limit:
+                    self.shown[split].append(Demonstration(trajectory, encoded))
+        return self.shown[split]
 
     def seed(self, *parts) -> int:
         return stable_seed(self.config.seed, *parts)
@@ -128,11 +152,9 @@ class Practised:
     # [S], [S, K] summed log-probs of the expert's and of the agent's actions.
     ref_expert: Tensor
     ref_agent: Tensor
-    # [practice tokens] log-prob of each token of the agent's actions.
+    # [expert tokens], [practice tokens] log-prob of each token of these actions.
+    ref_expert_tokens: Tensor
     ref_tokens: Tensor
-    # [S, d], [S, K, d] features for D.
-    expert_hidden: Tensor
-    agent_hidden: Tensor
 
     @property
     def encoded(self) -> Encoded:
@@ -161,32 +183,21 @@ def as_leaves(actions: list[list[list[int]]]) -> list[tuple[int, list[int]]]:
     return leaves
 
 
-def save_practice(agent: Agent, i: int, records: list[dict[str, Tensor]]) -> None:
-    """iter_<i>/practice.safetensors: the trajectories' records, one after another."""
-    joined = {name: torch.cat([record[name] for record in records]) for name in records[0]}
-    write_tensors(agent.run.path(f"iter_{i}/practice.safetensors"), joined)
-
-
-def practice_record(
-    agent: Agent, demonstration: Demonstration, leaves: list[tuple[int, list[int]]], scores: Scores
-) -> dict[str, Tensor]:
-    """What practice.safetensors keeps of one trajectory."""
-    differs = []
-    for step, ids in leaves:
-        expert = demonstration.trajectory.steps[step].action
-        differs.append(action_text(agent.tokenizer, ids).strip() != expert.strip())
+def save_practice(agent: Agent, i: int, practised: list[Practised]) -> None:
+    """iter_<i>/practice.safetensors: the trajectories' tensors, one after another."""
+    leaves = []
+    for trajectory in practised:
+        leaves += [ids for _, ids in trajectory.leaves]
     tensors = {
-        "ref_trunk": scores.trunk,
-        "ref_leaves": scores.leaves,
-        "old_tokens": scores.leaf_tokens,
-        "trunk_hidden": scores.trunk_hidden.float(),
-        "leaf_hidden": scores.leaf_hidden.float(),
-        "leaves": torch.tensor([token for _, ids in leaves for token in ids]),
-        "lengths": torch.tensor([len(ids) for _, ids in leaves]),
-        "kept": torch.tensor(differs),
+        "leaves": torch.tensor([token for ids in leaves for token in ids]),
+        "lengths": torch.tensor([len(ids) for ids in leaves]),
+        "differs": torch.cat([one.differs for one in practised]),
+        "ref_expert": torch.cat([one.ref_expert for one in practised]),
+        "ref_agent": torch.cat([one.ref_agent for one in practised]),
+        "ref_expert_tokens": torch.cat([one.ref_expert_tokens for one in practised]),
+        "ref_tokens": torch.cat([one.ref_tokens for one in practised]),
     }
-    # Copies, not views: a view would keep all of its storage.
-    return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    write_tensors(agent.run.path(f"iter_{i}/practice.safetensors"), tensors)
 
 
 def read_practice(agent: Agent, i: int) -> list[Practised]:
@@ -194,27 +205,49 @@ def read_practice(agent: Agent, i: int) -> list[Practised]:
     saved = load_file(agent.run.path(f"iter_{i}/practice.safetensors"))
     k = agent.config.practice
     practised = []
-    step = token = 0
+    step = token = expert_token = 0
     for demonstration in agent.practice_set:
-        steps = slice(step, step + len(demonstration.encoded.spans))
-        leaves = slice(k * steps.start, k * steps.stop)
-        lengths = saved["lengths"][leaves].tolist()
+        encoded = demonstration.encoded
+        steps = slice(step, step + len(encoded.spans))
+        lengths = saved["lengths"][k * steps.start : k * steps.stop].tolist()
         tokens = slice(token, token + sum(lengths))
+        expert_tokens = slice(expert_token, expert_token + encoded.action_tokens)
         flat = [ids.tolist() for ids in saved["leaves"][tokens].split(lengths)]
         practised.append(
             Practised(
                 demonstration=demonstration,
                 actions=[flat[first : first + k] for first in range(0, len(flat), k)],
-                differs=saved["kept"][leaves].view(-1, k),
-                ref_expert=saved["ref_trunk"][steps],
-                ref_agent=saved["ref_leaves"][leaves].view(-1, k),
-                ref_tokens=saved["old_tokens"][tokens],
-                expert_hidden=saved["trunk_hidden"][steps],
-                agent_hidden=saved["leaf_hidden"][leaves].unflatten(0, (-1, k)),
+                differs=saved["differs"][steps],
+                ref_expert=saved["ref_expert"][steps],
+                ref_agent=saved["ref_agent"][steps],
+                ref_expert_tokens=saved["ref_expert_tokens"][expert_tokens],
+                ref_tokens=saved["ref_tokens"][tokens],
             )
         )
-        step, token = steps.stop, tokens.stop
+        step, token, expert_token = steps.stop, tokens.stop, expert_tokens.stop
     return practised
+
+
+def practised_from(
+    agent: Agent, demonstration: Demonstration, actions: list[list[list[int]]], scores: Scores
+) -> Practised:
+    """The record of one trajectory, on the CPU. actions: [S][K] token ids."""
+    differs = []
+    for turn, of_step in zip(demonstration.trajectory.steps, actions):
+        expert = turn.action.strip()
+        texts = [action_text(agent.tokenizer, ids).strip() for ids in of_step]
+        differs.append([text != expert for text in texts])
+    differs = torch.tensor(differs)
+    # Copies, not views: a view would keep all of its storage.
+    return Practised(
+        demonstration=demonstration,
+        actions=actions,
+        differs=differs,
+        ref_expert=scores.trunk.cpu().clone(),
+        ref_agent=scores.leaves.view(differs.shape).cpu().clone(),
+        ref_expert_tokens=scores.trunk_tokens.cpu().clone(),
+        ref_tokens=scores.leaf_tokens.cpu().clone(),
+    )
 
 
 def write_practice(agent: Agent, i: int, practised: list[Practised], log_d: list | None = None):
@@ -265,6 +298,39 @@ def practice_figures(agent: Agent, practised: list[Practised]) -> dict:
         "stopped": float(np.mean(stopped)),
         "practice_tokens": tokens,
     }
+
+
+def score_all(
+    agent: Agent, encoded: list[Encoded], leaves: list | None, label: str, fields: str
+) -> list[Scores]:
+    """Scores of many trajectories (and their leaves), shared among the ranks.
+
+    fields: what is kept of the Scores, on the CPU in float32: for large models hidden states are
+    gigabytes.
+    """
+    ranks = agent.ranks
+    leaves = leaves or [[]] * len(encoded)
+    tokens = list(map(pass_tokens, encoded, leaves))
+    mine = ranks.shares(range(len(encoded)), tokens.__getitem__)[ranks.rank]
+    mine = sorted(mine, key=tokens.__getitem__)
+    found = {}
+    with agent.generating(label, len(mine)) as bar:
+        for micro in grouped(mine, tokens.__getitem__, agent.config.micro_tokens):
+            of_micro = [encoded[number] for number in micro], [leaves[number] for number in micro]
+            for number, scores in zip(micro, score(agent.policy, *of_micro)):
+                found[number] = on_cpu(scores, fields.split())
+            bar.update(len(micro))
+    for part in ranks.gather(found):
+        found |= part
+    return [found[number] for number in range(len(encoded))]
+
+
+def on_cpu(scores: Scores, fields: list[str]) -> Scores:
+    """Copies, not views: a view would keep all of its storage."""
+    copies = dict.fromkeys(vars(scores))
+    for name in fields:
+        copies[name] = getattr(scores, name).float().cpu().clone()
+    return replace(scores, **copies)
 
 
 def rounded(values: Tensor) -> list[float]:

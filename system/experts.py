@@ -45,7 +45,7 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
         path = run.path("experts.jsonl")
         # Once: all ranks and later starts must have the same.
         if run.ranks.rank == 0 and not path.exists():
-            save_trajectories(str(path), show_tasks(run, env))
+            save_trajectories(str(path), show_train_tasks(run, env))
         run.ranks.barrier()
         return load_trajectories(str(path))[: config.experts or None]
     experts = load_trajectories(config.expert)
@@ -75,20 +75,39 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
     return experts
 
 
-def show_tasks(run: RunDir, env) -> list[Trajectory]:
+def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
+    """The environment's own expert on tasks of a split, as far as it solves them in time."""
+    path = run.path(f"experts_{split}.jsonl")
+    if run.ranks.rank == 0 and not path.exists():
+        save_trajectories(str(path), show_tasks(run, env, tasks))
+    run.ranks.barrier()
+    return load_trajectories(str(path)) if path.stat().st_size else []
+
+
+def show_train_tasks(run: RunDir, env) -> list[Trajectory]:
     """The environment's own expert on train tasks; what it does not solve in time is left out."""
     tasks = some(env.splits["train"], run.config.experts)
-    with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
-        shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
-    solved = [expert for expert in shown if expert is not None and expert.reward >= 1]
-    experts = [expert for expert in solved if len(expert.steps) <= env.max_steps(expert.task_id)]
+    experts = show_tasks(run, env, tasks)
     if not experts:
         raise InputError(f"{run.config.env}: no expert trajectory; give a file with --expert")
     if len(experts) < len(tasks):
         run.say(
-            f"expert: {len(tasks)} tasks; {len(tasks) - len(solved)} not solved and "
-            f"{len(solved) - len(experts)} solved in more steps than allowed are left out"
+            f"expert: {len(tasks)} tasks; {len(tasks) - len(experts)} that are not solved, or in "
+            "more steps than allowed, are left out"
         )
+    return experts
+
+
+def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
+    """The expert trajectories of these tasks that succeed within the environment's steps."""
+    with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
+        shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
+    experts = []
+    for expert in shown:
+        if expert is None or expert.reward < 1:
+            continue
+        if len(expert.steps) <= env.max_steps(expert.task_id):
+            experts.append(expert)
     return experts
 
 

@@ -43,7 +43,7 @@ def load_policy(
         move_into_place(run.path("base.tmp"), base)
     ranks.barrier()
     saved = run.path(run.state["policy"]) if run.state["policy"] else None
-    start = config.init or base
+    start = start_folder(run)
     # LoRA's adapters are learnt on the weights that the run began with.
     folder = start if config.lora_rank else saved or start
     tokenizer = read_tokenizer(folder)
@@ -68,7 +68,7 @@ def load_policy(
     half = config.lora_rank and config.dtype == "bfloat16"
     policy = prepare(read_policy(folder, torch.bfloat16 if half else torch.float32), config)
     if config.lora_rank and saved:
-        policy.load_state_dict(load_file(saved / "lora.safetensors"), strict=False)
+        read_weights(run, ranks, policy, saved)
     return policy.to(ranks.device), tokenizer
 
 
@@ -86,13 +86,28 @@ def prepare(policy: nn.Module, config) -> nn.Module:
 def forget(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
     """The policy's weights become those of the model before any imitation."""
     if run.config.lora_rank:
-        for name, module in policy.named_modules():
-            if isinstance(module, LoRA):
-                module.begin(run.config.seed, name)
-    elif isinstance(policy, FSDPModule):
-        fill(ranks, policy, read_policy(base_folder(run)) if ranks.rank == 0 else None)
+        begin_lora(policy, run.config.seed)
     else:
-        policy.load_state_dict(read_policy(base_folder(run)).state_dict())
+        read_weights(run, ranks, policy, base_folder(run))
+
+
+def read_back(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
+    """The policy's weights become those last saved as the run's policy, to the bit."""
+    saved = run.state["policy"]
+    if run.config.lora_rank and not saved:
+        begin_lora(policy, run.config.seed)
+    else:
+        read_weights(run, ranks, policy, run.path(saved) if saved else start_folder(run))
+
+
+def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | str) -> None:
+    """The policy's weights become those that save_policy left in a folder."""
+    if run.config.lora_rank:
+        policy.load_state_dict(load_file(folder / "lora.safetensors"), strict=False)
+    elif isinstance(policy, FSDPModule):
+        fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
+    else:
+        policy.load_state_dict(read_policy(folder).state_dict())
 
 
 # ------------------------------------------------------------------------------------- the folder
@@ -101,6 +116,11 @@ def forget(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
 def base_folder(run: RunDir) -> Path | str:
     """The model before any imitation."""
     return run.path("base") if run.config.model == "tiny" else run.config.model
+
+
+def start_folder(run: RunDir) -> Path | str:
+    """What the run began with."""
+    return run.config.init or base_folder(run)
 
 
 def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -234,16 +254,23 @@ class LoRA(nn.Linear):
 def add_lora(policy: nn.Module, rank: int, seed: int) -> None:
     """Freezes the policy and puts float32 adapters on every linear layer but the head."""
     policy.requires_grad_(False)
-    for name, module in policy.named_modules():
+    for module in policy.modules():
         if type(module) is nn.Linear and module is not policy.get_output_embeddings():
             # The frozen weight stays where it is and keeps its name.
             module.__class__ = LoRA
             module.A = nn.Parameter(torch.empty(rank, module.in_features))
             module.B = nn.Parameter(torch.empty(module.out_features, rank))
-            module.begin(seed, name)
+    begin_lora(policy, seed)
     if not any(weight.requires_grad for weight in policy.parameters()):
         family = policy.config.model_type
         raise InputError(f"--lora-rank: model family {family!r} has no linear layers; leave it out")
+
+
+def begin_lora(policy: nn.Module, seed: int) -> None:
+    """The policy computes what its frozen weights do."""
+    for name, module in policy.named_modules():
+        if isinstance(module, LoRA):
+            module.begin(seed, name)
 
 
 @torch.no_grad()

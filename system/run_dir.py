@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Options that another start of the same run may change.
 FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
 # What a run writes, beside its lock: what it continues from first, its log last.
-OWN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts.jsonl")
+OWN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts*.jsonl")
 OWN_FILES += ("eval", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
 REMEDY = "give another --out, or --restart to begin again"
 
@@ -81,12 +81,13 @@ class RunDir:
         return reads(*args) if reads else None
 
     def _remove_old_weights(self) -> None:
-        """The last two iterations keep their policy, a finished phase needs no checkpoints."""
-        policies = sorted(
-            self.out.glob("iter_*/policy"), key=lambda path: int(path.parent.name[5:])
-        )
-        for folder in policies[:-2]:
-            shutil.rmtree(folder)
+        """The last two iterations keep their weights, a finished phase needs no checkpoints."""
+        for name in ("policy", "discriminator*"):
+            found = self.out.glob(f"iter_*/{name}")
+            iterations = sorted({int(folder.parent.name[5:]) for folder in found})
+            for i in iterations[:-2]:
+                for folder in self.out.glob(f"iter_{i}/{name}"):
+                    shutil.rmtree(folder)
         shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
 
     def say(self, text: str) -> None:

@@ -1,59 +1,81 @@
-"""The discriminator and the value head: fitting, early stop, folds."""
+"""The value head (fitting, early stop, folds), and what is said of a discriminator's logits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import losses
-from discriminator import FOLDS, Fold, Head, fit, fold_of, mean_figures
-from stepagent import fit_discriminator
+from discriminator import (
+    FOLDS,
+    Fold,
+    Head,
+    Judged,
+    figures_of,
+    fit,
+    fold_of,
+    mean_figures,
+    reward_figures,
+)
 from trajectory import InputError
 
 NOBODY = torch.arange(0)
-
-
-def clouds(steps: int = 200, gap: float = 2.0):
-    """Features of expert actions [S, 5], and of two practice actions a step [S, 2, 5]."""
-    generator = torch.Generator().manual_seed(0)
-    expert = torch.randn(steps, 5, generator=generator) + gap
-    agent = torch.randn(steps, 2, 5, generator=generator) - gap
-    return expert, agent
 
 
 def new_head(tmp_path, seed: int = 0) -> Head:
     return Head.load_or_make(tmp_path / "none.safetensors", 5, seed)
 
 
-def test_the_discriminator_separates_what_can_be_separated(tmp_path):
-    expert, agent = clouds()
-    fold = Fold(torch.arange(120), torch.arange(120, 150), torch.arange(150, 200))
-    head = new_head(tmp_path)
-    figures = fit_discriminator(head, expert, agent, fold, 1e-2, 0)
-    with torch.no_grad():
-        logit_expert, logit_agent = head(expert[fold.judge]), head(agent[fold.judge])
-    assert logit_expert.shape == (50,) and logit_agent.shape == (50, 2)
-    assert losses.area_under_curve(logit_expert, logit_agent.flatten()) > 0.99
-    assert losses.step_reward(logit_expert).mean() > -0.1
-    assert losses.step_reward(logit_agent).mean() < -2
-    assert figures["loss_held"] < 0.1 and figures["loss"] < 0.1
-    # Standardised by expert and practice actions together.
-    both = torch.cat([expert[fold.learn], agent[fold.learn].flatten(0, 1)])
-    assert torch.allclose(head.mean, both.mean(0)) and torch.allclose(head.std, both.std(0) + 1e-6)
+def practice_of(*differs: list[bool]) -> SimpleNamespace:
+    return SimpleNamespace(differs=torch.tensor(differs))
 
 
-def test_fitting_stops_when_the_held_out_loss_rises(tmp_path):
-    """Nothing to learn: it keeps the weights of its best pass, near two times ln 2."""
-    expert, agent = clouds(60, gap=0.0)
-    fold = Fold(torch.arange(30), torch.arange(30, 60), NOBODY)
-    head = new_head(tmp_path)
-    figures = fit_discriminator(head, expert, agent, fold, 3e-2, 0)
-    with torch.no_grad():
-        logit_agent = head(agent[30:]).flatten()
-        loss = losses.discriminator_loss(head(expert[30:]), logit_agent)[0].item()
-    assert figures["passes"] < 40 and loss < 1.6
-    assert loss == pytest.approx(figures["loss_held"], abs=1e-5)
+def test_figures_of_a_discriminator_by_hand():
+    """Two trajectories, of two steps and of one, K = 2."""
+    judged = [
+        Judged(torch.tensor([2.0, 0.0]), torch.tensor([[1.0, 3.0], [0.0, -1.0]])),
+        Judged(torch.tensor([1.0]), torch.tensor([[-2.0, 1.0]])),
+    ]
+    practised = [practice_of([True, True], [False, True]), practice_of([True, False])]
+    found = figures_of(judged, practised, "held_out")
+    expert, agent = [2.0, 0.0, 1.0], [1.0, 3.0, 0.0, -1.0, -2.0, 1.0]
+    wins = sum((a > b) + (a == b) / 2 for a in expert for b in agent)
+    assert found["d_auc_held_out"] == pytest.approx(wins / 18)
+    # 2 > 1, not 2 > 3, 0 > -1, 1 > -2.
+    assert found["d_pairs_held_out"] == pytest.approx(3 / 4)
+    loss = sum(math.log1p(math.exp(-value)) for value in expert) / 3
+    loss += sum(math.log1p(math.exp(value)) for value in agent) / 6
+    assert found["d_loss_held_out"] == pytest.approx(loss)
+    assert found["js"] == pytest.approx(math.log(2) - loss / 2)
+    assert "js" not in figures_of(judged, practised, "learnt")
+    assert figures_of([], [], "held_out") == {}
+    # Nothing differs: no pair to put in order.
+    alike = [practice_of([False, False], [False, False]), practice_of([False, False])]
+    assert "d_pairs_learnt" not in figures_of(judged, alike, "learnt")
+
+
+def test_the_bound_on_the_divergence_is_met_by_the_best_discriminator():
+    """Expert 3/4, 1/4 and agent 1/4, 3/4 over two actions; D = p_E / (p_E + p)."""
+    log3 = math.log(3)
+    expert = torch.tensor([log3, log3, log3, -log3])
+    agent = torch.tensor([[log3], [-log3], [-log3], [-log3]])
+    practised = [SimpleNamespace(differs=torch.ones(4, 1, dtype=torch.bool))]
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    best = figures_of([Judged(expert, agent)], practised, "held_out")["js"]
+    assert best == pytest.approx(divergence)
+    for factor in (0.5, 2.0):
+        other = Judged(factor * expert, factor * agent)
+        assert figures_of([other], practised, "held_out")["js"] < best
+
+
+def test_reward_figures_by_hand():
+    log_d = [Judged(torch.tensor([-0.1, -0.3]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))]
+    found = reward_figures(log_d, [practice_of([False, True], [True, True])])
+    assert found["log_d_expert"] == pytest.approx(-0.2)
+    assert found["log_d_agent"] == pytest.approx(-2.5)
+    assert found["log_d_gap"] == pytest.approx(1.0)
 
 
 def test_a_head_that_no_longer_gets_better_is_given_four_more_passes(tmp_path):

@@ -17,14 +17,14 @@ from ranks import (
     two_layers,
     weights,
 )
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import envs
 import naive
 import stepagent
+from discriminator import Judged, read_log_d
 from rollout import score
-from stepagent import METHODS, Config, LogD, prepare, step_advantages
+from stepagent import METHODS, Config, prepare, step_advantages
 from training import Agent, Demonstration, Practised, read_practice
 from trajectory import Encoded, InputError, Trajectory
 
@@ -78,8 +78,10 @@ def test_practice_is_scored_by_the_policy_that_practised(tmp_path, start_from):
         assert torch.allclose(one.ref_tokens, tokens, atol=1e-3)
         sums = naive.sums(policy, leaf_pairs).view(one.ref_agent.shape)
         assert torch.allclose(one.ref_agent, sums, atol=1e-3)
-        hidden = [naive.last_hidden(policy, state + action) for state, action in leaf_pairs]
-        assert torch.allclose(one.agent_hidden.flatten(0, 1), torch.stack(hidden), atol=1e-3)
+        expert = torch.cat(
+            [naive.token_logps(policy, *pair) for pair in naive.expert_pairs([one.encoded])]
+        )
+        assert torch.allclose(one.ref_expert_tokens, expert, atol=1e-3)
 
 
 def test_every_iteration_draws_practice_of_its_own(tmp_path, start_from):
@@ -105,8 +107,8 @@ def test_practice_that_is_decoded_together_fits(monkeypatch):
     monkeypatch.setattr(Agent, "cache_room", lambda self: room)
 
     def grouped_by(**options):
-        agent.config = Config(practice=2, **options)
-        groups = stepagent.groups_that_fit(agent, data)
+        agent.config = Config(**options)
+        groups = stepagent.groups_that_fit(agent, data, 2)
         assert sum(groups, []) == data
         return [list(map(steps_of, group)) for group in groups]
 
@@ -264,20 +266,20 @@ def test_the_implicit_loss_is_the_naive_one(tmp_path, monkeypatch, start_from):
 
 def test_advantages_compare_the_actions_of_a_state_by_hand():
     """The baseline is the mean of the state's other actions; then all are whitened together."""
-    two = LogD(torch.zeros(2), torch.tensor([[-1.0, -2.0], [-3.0, -3.0]]))
-    one = LogD(torch.zeros(1), torch.tensor([[-1.0, -4.0]]))
+    two = Judged(torch.zeros(2), torch.tensor([[-1.0, -2.0], [-3.0, -3.0]]))
+    one = Judged(torch.zeros(1), torch.tensor([[-1.0, -4.0]]))
     first, second = step_advantages([two, one])
     # 1, -1, 0, 0 and 3, -3: mean 0, variance 20 / 6.
     deviation = math.sqrt(20 / 6)
     assert torch.allclose(first * deviation, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
     assert torch.allclose(second * deviation, torch.tensor([[3.0, -3.0]]))
     # Three actions.
-    [only] = step_advantages([LogD(torch.zeros(1), torch.tensor([[0.0, -2.0, -4.0]]))])
+    [only] = step_advantages([Judged(torch.zeros(1), torch.tensor([[0.0, -2.0, -4.0]]))])
     assert torch.allclose(only, torch.tensor([[3.0, 0.0, -3.0]]) / math.sqrt(6))
 
 
 def test_a_single_action_is_compared_with_those_of_all_states():
-    lone = [LogD(torch.zeros(2), torch.tensor([[-1.0], [-3.0]]))]
+    lone = [Judged(torch.zeros(2), torch.tensor([[-1.0], [-3.0]]))]
     [advantage] = step_advantages(lone)
     assert torch.allclose(advantage, torch.tensor([[1.0], [-1.0]]))
 
@@ -289,7 +291,7 @@ def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, mon
         found = []
         for one in practised:
             rewards = torch.tensor([0.0, -1.0]).repeat(len(one.actions), 1)
-            found.append(LogD(torch.zeros(len(one.actions)), rewards))
+            found.append(Judged(torch.zeros(len(one.actions)), rewards))
         return found
 
     monkeypatch.setattr(stepagent, "read_log_d", read_log_d)
@@ -320,7 +322,7 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     log_d = []
     for one in batch:
         rewards = torch.randn(one.ref_agent.shape, generator=generator)
-        log_d.append(LogD(one.ref_expert, rewards))
+        log_d.append(Judged(one.ref_expert, rewards))
     given = {}
 
     def record(agent, name, iteration, batches, loss_of, rate_at):
@@ -361,60 +363,165 @@ def test_micro_batches_do_not_change_the_update(tmp_path, model, method):
 
 # ------------------------------------------------------------------------------- the discriminator
 
-
-def test_no_fold_is_judged_by_the_discriminator_that_learnt_from_it(tmp_path, monkeypatch, model):
-    learnt = []
-
-    def constant(head, features, loss_on, fold, lr, seed):
-        """A D that says +1 (fold 0) or -1 (fold 1), whatever it sees."""
-        learnt.append(set(fold.learn.tolist()) | set(fold.held_out.tolist()))
-        for weight in head.mlp.parameters():
-            weight.data.zero_()
-        head.mlp[-1].bias.data.fill_((1.0, -1.0)[len(learnt) - 1])
-        return {"loss": 0.0}
-
-    monkeypatch.setattr(stepagent, "fit", constant)
-    words = ["--method", "stepagent-inverse", "--experts", "12", "--practice-experts", "12"]
-    out = run(tmp_path / "x", *ONE, "--model", model, *words)
-    found = load_file(out / "iter_1" / "log_d.safetensors")
-    # log sigmoid(1) = -0.31, log sigmoid(-1) = -1.31
-    judge = (found["expert"] < -1).long()
-    assert 0 < judge.sum() < len(judge)
-    assert torch.equal((found["agent"] < -1).long(), judge.repeat_interleave(2))
-    for step, fold in enumerate(judge.tolist()):
-        assert step not in learnt[fold]
-    assert not learnt[0] & learnt[1] and learnt[0] | learnt[1] == set(range(len(judge)))
-    # A task is judged as a whole.
-    rows = practice_rows(out)
-    assert len({(row["task"], fold) for row, fold in zip(rows, judge.tolist())}) == 12
-    assert rows[0]["expert_log_d"] == pytest.approx(found["expert"][0].item(), abs=1e-4)
-    assert rows[1]["practice_log_d"] == pytest.approx(found["agent"][2:4].tolist(), abs=1e-4)
+INVERSE = ["--method", "stepagent-inverse"]
+# Trains D and nothing else.
+ONLY_D = [*INVERSE, "--lr", "0", "--d-lr", "1e-2"]
 
 
-def test_the_discriminator_prefers_the_expert_and_goes_on_in_the_next_iteration(
-    tmp_path, monkeypatch, model
-):
-    begun, fit = [], stepagent.fit
+def watched_train(monkeypatch, skip: str = "") -> list[dict]:
+    """What train is called with; a name that begins with `skip` is not trained."""
+    calls, train = [], stepagent.train
 
-    def watched(head, *rest):
-        begun.append({name: weight.clone() for name, weight in head.state_dict().items()})
-        return fit(head, *rest)
+    def watched(agent, name, iteration, batches, loss_of, rate_at):
+        calls.append({"agent": agent, "name": name, "batches": batches, "loss_of": loss_of})
+        calls[-1]["rates"] = [rate_at(step) for step in range(len(batches))]
+        if not skip or not name.startswith(skip):
+            train(agent, name, iteration, batches, loss_of, rate_at)
 
-    monkeypatch.setattr(stepagent, "fit", watched)
-    words = ["--method", "stepagent-inverse", "--experts", "24", "--practice-experts", "24"]
-    out = run(tmp_path / "x", *QUIET, "--model", model, *words)
-    row = metrics(out, "discriminate")[0]
-    assert row["d_auc"] > 0.9 and row["log_d_expert"] > row["log_d_agent"] + 0.5
-    for fold in (0, 1):
-        saved = load_file(out / "iter_1" / f"discriminator_{fold}.safetensors")
-        assert same_bits(saved, begun[2 + fold]) and not same_bits(saved, begun[fold])
+    monkeypatch.setattr(stepagent, "train", watched)
+    return calls
+
+
+def naive_discriminator_loss(policy, reference, batch: list[Practised]):
+    """Eq. 11 from one ordinary forward pass a state."""
+    expert = naive.expert_pairs([one.encoded for one in batch])
+    agent = naive.leaf_pairs([one.encoded for one in batch], [one.leaves for one in batch])
+    with torch.no_grad():
+        ref_expert, ref_agent = naive.sums(reference, expert), naive.sums(reference, agent)
+    expert, agent = naive.sums(policy, expert) - ref_expert, naive.sums(policy, agent) - ref_agent
+    return -expert.sigmoid().log().mean() - (1 - agent.sigmoid()).log().mean()
+
+
+@pytest.mark.parametrize("nudged", [False, True])
+def test_the_loss_of_the_discriminator_by_naive_passes(tmp_path, monkeypatch, start_from, nudged):
+    """Values and gradients, at the start, where D is 1/2 and the loss 2 log 2, and elsewhere."""
+    calls = watched_train(monkeypatch, skip="discriminator")
+    out = run(tmp_path / "x", *ONE, *start_from, *ONLY_D)
+    agent, loss_of = calls[0]["agent"], calls[0]["loss_of"]
+    reference = LlamaForCausalLM.from_pretrained(out / "policy", attn_implementation="eager")
+    if nudged:
+        nudge(agent.policy)
+        agent.save("other")
+    folder = out / ("other" if nudged else "policy")
+    policy = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    batch = read_practice(agent, 1)[:3]
+    # Micro-batches add up to the batch.
+    parts = [loss_of(batch[:2], batch), loss_of(batch[2:], batch)]
+    loss = sum(part for part, _ in parts)
+    expected = naive_discriminator_loss(policy, reference, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert sum(info["d_loss"] for _, info in parts).item() == pytest.approx(loss.item())
+    assert (abs(loss.item() - 2 * math.log(2)) < 1e-5) is not nudged
+    agent.policy.zero_grad()
+    loss.backward()
+    expected.backward()
+    naive_gradients = {name: weight.grad for name, weight in policy.named_parameters()}
+    whole = math.sqrt(sum(grad.square().sum().item() for grad in naive_gradients.values()))
+    assert whole > 0.01
+    for name, weight in agent.policy.named_parameters():
+        assert torch.allclose(weight.grad, naive_gradients[name], atol=1e-4 * whole), name
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("scores", ["learnt", "held-out"])
+def test_the_discriminator_leaves_the_policy_to_the_bit(tmp_path, start_from, scores, lora):
+    words = [*start_from, *ONLY_D, *lora, "--d-scores", scores]
+    out = run(tmp_path / "x", *QUIET, *words)
+    start = weights(Path(start_from[3]))
+    assert same_bits(weights(out / "policy"), start)
+    for name in ["discriminator"] if scores == "learnt" else ["discriminator_0", "discriminator_1"]:
+        assert distance(weights(out / "iter_2" / name), start) > 0.01
+    # The log-probs of the second iteration are those of the first.
+    expert = [[row["expert_logp"] for row in practice_rows(out, i)] for i in (1, 2)]
+    assert expert[0] == expert[1]
+
+
+def test_phi_begins_as_the_policy_in_every_iteration(tmp_path, monkeypatch, start_from):
+    calls = watched_train(monkeypatch)
+    words = [*start_from, *INVERSE, "--lr", "0", "--d-lr", "2e-3", "--d-epochs", "3"]
+    out = run(tmp_path / "x", *QUIET, *words, "--d-batch", "10")
+    firsts = [row for row in metrics(out, "discriminator") if row["step"] == 0]
+    assert [row["d_loss"] for row in firsts] == pytest.approx([2 * math.log(2)] * 2, abs=1e-5)
+    assert metrics(out, "discriminator")[-1]["d_loss"] < 1.3
+    # Three passes over six trajectories of about eight actions each; a cosine from --d-lr to 0.
+    of_first = calls[0]
+    assert of_first["name"] == "discriminator" and len(of_first["batches"]) > 9
+    tasks = [one.task_id for batch in of_first["batches"] for one in batch]
+    assert [len(set(tasks[first : first + 6])) for first in (0, 6, 12)] == [6, 6, 6]
+    assert of_first["rates"][0] == 2e-3 and of_first["rates"] == sorted(of_first["rates"])[::-1]
+    assert of_first["rates"][-1] < 2e-4
+
+
+def test_an_action_of_the_expert_that_the_agent_does_not_take_is_above_one_half(tmp_path, model):
+    """The sign: the policy has learnt nothing, so that its practice never is the expert's."""
+    out = run(tmp_path / "x", *ONE, "--model", model, *ONLY_D, "--d-epochs", "10")
+    agent = reopened(out)
+    practised = read_practice(agent, 1)
+    half = math.log(0.5)
+    for log_d, one in zip(read_log_d(agent, 1, practised), practised):
+        assert one.differs.all()
+        assert (log_d.expert > half).all() and (log_d.agent < half).float().mean() > 0.9
+    [row] = metrics(out, "discriminate")
+    assert row["d_auc_learnt"] > 0.95 and row["d_pairs_learnt"] > 0.95
+    assert row["d_auc_held_out"] > 0.9 and row["d_pairs_held_out"] > 0.9 and row["js"] > 0.1
+    assert row["log_d_expert"] > row["log_d_agent"] + 1
+
+
+def test_where_the_discriminator_knows_nothing_the_policy_stays(tmp_path, start_from):
+    """log D is the same everywhere, and PPO's advantages are 0."""
+    words = [*start_from, *INVERSE, "--d-lr", "0", "--lr", "1e-2", "--entropy", "0"]
+    out = run(tmp_path / "x", *ONE, *words)
+    [row] = metrics(out, "discriminate")
+    assert row["log_d_expert"] == pytest.approx(math.log(0.5), abs=1e-5)
+    assert row["log_d_agent"] == pytest.approx(math.log(0.5), abs=1e-5)
+    assert row["d_loss_held_out"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    agent = reopened(out)
+    log_d = read_log_d(agent, 1, read_practice(agent, 1))
+    for of_one in log_d:
+        of_one.agent[:] = of_one.agent.mean()
+    assert all(not advantage.any() for advantage in step_advantages(log_d))
+
+
+def test_what_the_discriminator_scores(tmp_path, monkeypatch, start_from):
+    """learnt: what it learnt from; held-out: the half of the tasks that it did not learn from."""
+    calls = watched_train(monkeypatch)
+    out = run(tmp_path / "x", *ONE, *start_from, *ONLY_D)
+    agent = reopened(out)
+    every = {one.task_id for one in agent.practice_set}
+    assert [call["name"] for call in calls] == ["discriminator", "inverse"]
+    assert {one.task_id for batch in calls[0]["batches"] for one in batch} == every
+    assert metrics(out, "discriminate")[0]["part"] is None
+    calls.clear()
+    out = run(tmp_path / "y", *ONE, *start_from, *ONLY_D, "--d-scores", "held-out")
+    agent = reopened(out)
+    assert [call["name"] for call in calls] == ["discriminator_0", "discriminator_1", "inverse"]
+    halves = [{one.task_id for batch in call["batches"] for one in batch} for call in calls[:2]]
+    assert halves[0] | halves[1] == every and not halves[0] & halves[1]
+    assert len(halves[0]) == len(halves[1]) == 3
+    practised = read_practice(agent, 1)
+    rows = {}
+    for row in practice_rows(out):
+        rows.setdefault(row["task"], []).append(row["expert_log_d"])
+    for part, learnt in enumerate(halves):
+        # Scored by the model that is saved, naively.
+        folder = out / "iter_1" / f"discriminator_{part}"
+        phi = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        scored = [one for one in practised if one.task_id not in learnt]
+        for one in scored:
+            logits = naive.sums(phi, naive.expert_pairs([one.encoded])) - one.ref_expert
+            expected = logits.sigmoid().log().clamp(min=-5).tolist()
+            assert rows[one.task_id] == pytest.approx(expected, abs=2e-3)
+    first, second = metrics(out, "discriminate")
+    assert (first["part"], second["part"]) == (0, 1)
+    assert "log_d_gap" not in first and "log_d_gap" in second
+    assert {"d_auc_learnt", "d_auc_held_out"} <= first.keys() & second.keys()
 
 
 def test_log_d_comes_back_by_trajectory(tmp_path, start_from):
-    out = run(tmp_path / "x", *ONE, *start_from, "--method", "stepagent-inverse")
+    out = run(tmp_path / "x", *ONE, *start_from, *ONLY_D, "--d-scores", "held-out")
     agent = reopened(out)
     practised = read_practice(agent, 1)
-    log_d = stepagent.read_log_d(agent, 1, practised)
+    log_d = read_log_d(agent, 1, practised)
     rows = practice_rows(out)
     assert [one.agent.shape for one in log_d] == [one.ref_agent.shape for one in practised]
     expert = torch.cat([one.expert for one in log_d]).tolist()
@@ -430,11 +537,87 @@ def test_log_d_comes_back_by_trajectory(tmp_path, start_from):
         if row["differs"] in ([True, False], [False, True]):
             first, second = row["practice_log_d"]
             gaps.append(second - first if row["differs"][0] else first - second)
-    [figures] = metrics(out, "discriminate")
+    figures = metrics(out, "discriminate")[-1]
     assert len(gaps) > 3 and figures["log_d_gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-3)
 
 
-def test_too_few_trajectories_for_two_discriminators_are_refused(tmp_path, model):
-    words = ["--method", "stepagent-inverse", "--practice-experts", "3", "--model", model]
-    with pytest.raises(InputError, match="3 trajectories are too few for two discriminators"):
+def test_a_world_without_dev_tasks_has_no_held_out_figures(tmp_path, monkeypatch, start_from):
+    monkeypatch.setattr(Agent, "held_out", lambda *rest: [])
+    out = run(tmp_path / "x", *ONE, *start_from, *ONLY_D)
+    [row] = metrics(out, "discriminate")
+    assert "d_auc_learnt" in row and "d_auc_held_out" not in row and "js" not in row
+
+
+def test_one_trajectory_has_no_other_half(tmp_path, model):
+    words = [*INVERSE, "--practice-experts", "1", "--model", model, "--d-scores", "held-out"]
+    with pytest.raises(InputError, match="--d-scores held-out needs at least 2 trajectories"):
         run(tmp_path / "x", *ONE, *words)
+
+
+# ------------------------------------------------------------------------------- a planted world
+
+SIGNS = """
+import random
+
+from trajectory import Step, Trajectory
+
+COLOURS = ["red", "blue", "green", "black", "white", "brown"]
+
+
+class Signs:
+    \"\"\"The right button is visible in the state.\"\"\"
+
+    splits = {
+        "train": [f"train-{i}" for i in range(60)],
+        "dev": [f"dev-{i}" for i in range(40)],
+        "test": [f"test-{i}" for i in range(100)],
+    }
+    instruction = "Press the button of the colour that the sign shows."
+    example = ""
+
+    def colours(self, task):
+        return random.Random(task).choices(COLOURS, k=2)
+
+    def start(self, task):
+        return Play(self.colours(task)), f"The sign is {self.colours(task)[0]}."
+
+    def expert(self, task):
+        first, second = self.colours(task)
+        steps = [
+            Step(f"The sign is {first}.", f"Thought: I see. Action: press {first}"),
+            Step(f"Now it is {second}.", f"Thought: I see. Action: press {second}"),
+        ]
+        return Trajectory(task, [], steps, 1.0)
+
+    def max_steps(self, task):
+        return 2
+
+    def task_type(self, task):
+        return "sign"
+
+
+class Play:
+    def __init__(self, colours):
+        self.left = list(colours)
+
+    def step(self, text):
+        if not text.endswith(f"press {self.left.pop(0)}"):
+            return "Wrong.", 0.0, True, {"valid": True}
+        if self.left:
+            return f"Now it is {self.left[0]}.", 0.0, False, {"valid": True}
+        return "Done.", 1.0, True, {"valid": True}
+"""
+
+
+def test_inverse_teaches_what_the_state_shows(tmp_path):
+    """A little SFT presses buttons by chance; practice and D teach to read the sign."""
+    (tmp_path / "signs.py").write_text(SIGNS)
+    words = ["--env", f"{tmp_path / 'signs.py'}:Signs", "--model", "tiny", "--env-options", ""]
+    words += ["--experts", "60", "--sft-experts", "60", "--practice-experts", "60"]
+    words += [*INVERSE, "--sft-epochs", "3", "--lr", "5e-4", "--practice", "4", "--iterations", "3"]
+    words += ["--max-new-tokens", "12", "--eval-each", "test", "--eval-tasks", "100"]
+    out = run(tmp_path / "x", *words, "--eval-splits", "", "--batch", "64", "--d-batch", "64")
+    success = [row["success"] for row in metrics(out, "eval")]
+    match = [row["expert_match_sampled"] for row in metrics(out, "eval")]
+    assert success[0] < 0.7 and success[-1] > success[0] + 0.2, (success, match)
+    assert match[-1] > match[0] + 0.1

@@ -54,7 +54,8 @@ def test_the_defaults_are_the_papers():
     assert (real.lr, real.batch, real.epochs, real.beta) == (5e-7, 16, 1, 0.1)
     assert (real.practice, real.temperature, real.grad_norm) == (3, 1.0, 1.0)
     assert (real.clip, real.entropy, real.kl, real.ppo_passes) == (0.2, 0.01, 0.0, 2)
-    assert (real.gamma, real.gae_lambda, real.d_lr) == (1.0, 0.95, 1e-4)
+    assert (real.gamma, real.gae_lambda, real.value_lr) == (1.0, 0.95, 1e-4)
+    assert (real.d_epochs, real.d_scores, real.expert_in_group) == (2, "learnt", False)
     assert (real.dtype, real.prompt, real.checkpointing) == ("bfloat16", "full", True)
     assert (real.max_new_tokens, real.dpo_nll, real.eval_splits) == (512, 0.0, "test")
 

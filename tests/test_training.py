@@ -22,14 +22,14 @@ from system.run_dir import RunDir
 from training import (
     Agent,
     Demonstration,
-    as_leaves,
+    Practised,
     batches,
     check_finite,
     falling_rate,
     imitate,
     play,
     practice_figures,
-    practice_record,
+    practised_from,
     read_practice,
     save_practice,
     write_practice,
@@ -294,8 +294,9 @@ ACTIONS = [
 ]
 
 
-def forged_scores(steps: int, actions: list, first: float) -> Scores:
+def forged_scores(encoded: Encoded, actions: list, first: float) -> Scores:
     """Counted from `first`, as views of larger tensors; two features."""
+    steps = len(actions)
     leaves = [ids for of_step in actions for ids in of_step]
     tokens = sum(map(len, leaves))
 
@@ -306,32 +307,32 @@ def forged_scores(steps: int, actions: list, first: float) -> Scores:
     return Scores(
         trunk=count(steps),
         leaves=count(len(leaves)) + 100,
-        trunk_tokens=count(steps),
+        trunk_tokens=count(encoded.action_tokens) + 300,
         leaf_tokens=count(tokens) + 200,
         trunk_entropy=None,
         leaf_entropy=None,
         state_hidden=count(steps, 2),
-        trunk_hidden=count(steps, 2) + 300,
-        leaf_hidden=(count(len(leaves), 2) + 400).bfloat16(),
+        trunk_hidden=count(steps, 2),
+        leaf_hidden=count(len(leaves), 2),
     )
 
 
-def records_of(agent: Agent) -> list[dict]:
+def records_of(agent: Agent) -> list[Practised]:
     records = []
     for number, (one, actions) in enumerate(zip(agent.experts, ACTIONS)):
-        scores = forged_scores(len(actions), actions, 1000.0 * number)
-        records.append(practice_record(agent, one, as_leaves(actions), scores))
+        scores = forged_scores(one.encoded, actions, 1000.0 * number)
+        records.append(practised_from(agent, one, actions, scores))
     return records
 
 
 def test_a_record_has_what_later_phases_need_in_storage_of_its_own(tmp_path):
     record = records_of(practised_agent(tmp_path))[0]
     # The text counts, without the space around it.
-    assert record["kept"].tolist() == [False, True, False, True]
-    assert record["lengths"].tolist() == [len(ids) for of_step in ACTIONS[0] for ids in of_step]
-    assert record["leaf_hidden"].dtype == torch.float32
-    for name, tensor in record.items():
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+    assert record.differs.tolist() == [[False, True], [False, True]]
+    for name, tensor in vars(record).items():
+        if isinstance(tensor, torch.Tensor):
+            size = tensor.numel() * tensor.element_size()
+            assert tensor.untyped_storage().nbytes() == size, name
 
 
 def test_practice_comes_back_from_disk_as_it_was_by_step_and_action(tmp_path):
@@ -347,9 +348,9 @@ def test_practice_comes_back_from_disk_as_it_was_by_step_and_action(tmp_path):
     assert first.ref_tokens.tolist() == list(range(200, 200 + len(first.ref_tokens)))
     assert len(second.ref_tokens) == sum(len(ids) for ids in ACTIONS[1][0])
     assert second.ref_tokens[0] == 1200
-    assert first.expert_hidden.tolist() == [[300, 301], [302, 303]]
-    assert first.agent_hidden.shape == (2, 2, 2) and second.agent_hidden.shape == (1, 2, 2)
-    assert first.agent_hidden[1, 0].tolist() == torch.tensor([404.0, 405.0]).bfloat16().tolist()
+    tokens = [one.encoded.action_tokens for one in (first, second)]
+    assert first.ref_expert_tokens.tolist() == list(range(300, 300 + tokens[0]))
+    assert second.ref_expert_tokens.tolist() == list(range(1300, 1300 + tokens[1]))
     assert first.leaves == [(0, ACTIONS[0][0][0]), (0, ACTIONS[0][0][1])] + [
         (1, ACTIONS[0][1][0]),
         (1, ACTIONS[0][1][1]),
