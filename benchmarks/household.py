@@ -402,11 +402,8 @@ class Household:
             ("likely", likely, 0, 1),
             ("max_steps", max_steps, 1, 1000),
         ]:
-            need(
-                isinstance(value, (int, float)) and low <= value <= high,
-                "household",
-                f"{option} must be a number between {low} and {high}, not {value!r}",
-            )
+            problem = f"{option} must be a number between {low} and {high}, not {value!r}"
+            need(isinstance(value, (int, float)) and low <= value <= high, "household", problem)
         self.receptacles = receptacles
         self.distractors = distractors
         self.likely = likely
@@ -423,11 +420,8 @@ class Household:
     def task_type(self, task_id: str) -> str:
         match = re.fullmatch(r"(\w+)-(0|[1-9][0-9]{0,8})", task_id)
         splits = ", ".join(f"{split}-0 .. {split}-{size - 1}" for split, size in SIZES.items())
-        need(
-            match is not None and int(match[2]) < SIZES.get(match[1], 0),
-            "household",
-            f"there is no task {task_id!r}; tasks are {splits}",
-        )
+        exists = match is not None and int(match[2]) < SIZES.get(match[1], 0)
+        need(exists, "household", f"there is no task {task_id!r}; tasks are {splits}")
         return TASK_TYPES[int(match[2]) % len(TASK_TYPES)]
 
     def house(self, task_id: str) -> House:

@@ -1,4 +1,4 @@
-"""Worker processes: a slow environment, or one that may crash, plays in processes of its own.
+"""Worker processes: a slow environment, or one that may crash, plays in other processes.
 
 Workers follows the protocol of all environments. A process that dies, hangs or answers nonsense is
 replaced, and its episodes are played again up to where they were. A process starts without the
@@ -35,19 +35,18 @@ class WorkerFailure(Exception):
 @functools.cache
 def load_class(source: str) -> type:
     """The class that "package.module:Class" or "path/to/file.py:Class" names."""
-    place, _, class_name = source.rpartition(":")
-    if place.endswith(".py"):
-        name = f"file_{Path(place).stem}"
-        spec = importlib.util.spec_from_file_location(name, place)
+    path, _, class_name = source.rpartition(":")
+    if path.endswith(".py"):
+        name = f"file_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         # Dataclasses and pickle look for it there.
         sys.modules[name] = module
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(place)
-    need(
-        hasattr(module, class_name), place, f"has no class {class_name!r}; name one that it defines"
-    )
+        module = importlib.import_module(path)
+    problem = f"has no class {class_name!r}; name one that it defines"
+    need(hasattr(module, class_name), path, problem)
     return getattr(module, class_name)
 
 
@@ -106,8 +105,8 @@ class Worker:
     def ask(self, call: str, key: int, argument: str) -> Any:
         """The answer to a request, from a new process if there is none.
 
-        WorkerFailure: there is no sound answer, and the process is ended. InputError: the
-        environment's own.
+        WorkerFailure: there is no sound answer, and the process is ended. InputError: from the
+        environment.
         """
         try:
             if self.process is None:
