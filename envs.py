@@ -151,10 +151,10 @@ def some(tasks: list[str], most: int) -> list[str]:
     return [task for task in tasks if task in chosen]
 
 
-def prompt_messages(env: Any, example: bool = True) -> list[dict[str, str]]:
+def prompt_messages(env: Any) -> list[dict[str, str]]:
     """The opening of every conversation, in ETO's shape: the instruction, then the agent's "OK"."""
     text = env.instruction
-    if example and env.example:
+    if env.example:
         text += f"\n\nHere is an example.\n{env.example}"
     return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
 
@@ -192,7 +192,7 @@ def load_trajectories(path: str) -> list[Trajectory]:
 
 def read_rows(path: str) -> tuple[list[tuple[str, Any]], Any]:
     """([(name of a row, row)], the function that reads one)."""
-    text = read_contents(path, "a trajectory file")
+    text = read_contents(path, "give the path of a trajectory file")
     problem = "empty; expected ETO's JSON list or JSONL with one trajectory a line"
     need(bool(text.strip()), path, problem)
     if not text.lstrip().startswith("["):

@@ -45,8 +45,8 @@ def benchmark_folder(name: str, data: str | None, files: str) -> str:
     return str(data) if data else os.path.join(root, name)
 
 
-def read_contents(path: str, what: str) -> str:
-    """The text of a user's file; `what` says in an error what the file should be."""
+def read_contents(path: str, remedy: str) -> str:
+    """The text of a file; remedy: what an error tells the user to do."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
@@ -57,7 +57,7 @@ def read_contents(path: str, what: str) -> str:
     except (OSError, ValueError) as error:
         # ValueError: a NUL in the path.
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); give the path of {what}") from None
+        raise InputError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
 def parse_json(text: str, where: str):
@@ -94,12 +94,7 @@ def json_entries(text: str, path: str) -> list[tuple[str, Any]]:
 
 def load_json(path: str):
     """A downloaded JSON file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
-    return parse_json(text, path)
+    return parse_json(read_contents(path, "download it again"), path)
 
 
 def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, int]]:

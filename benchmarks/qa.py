@@ -536,7 +536,7 @@ def read_rows(path: str) -> dict[str, tuple[dict, str]]:
     """{id: (row, the file and row for error messages)}"""
     read = json_lines if path.endswith(".jsonl") else json_entries
     rows, first = {}, {}
-    for row_name, row in read(read_contents(path, "a file of questions"), path):
+    for row_name, row in read(read_contents(path, "give the path of a file of questions"), path):
         where = f"{path}, {row_name}"
         need(isinstance(row, dict), where, "is not a JSON object; expected one question")
         task_id = text_of(row, "_id" if "_id" in row else "id", where)

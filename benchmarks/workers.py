@@ -51,7 +51,7 @@ def load_class(source: str) -> type:
 
 
 def serve(pipe_number: int) -> None:
-    """The life of a process: it answers requests until the pipe closes, or an error ends it."""
+    """Runs in the process: answers requests until the pipe closes, or an error ends it."""
     # Ctrl-C is for the parent, whose end closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(pipe_number)
@@ -96,8 +96,8 @@ class Worker:
         self.source, self.options, self.timeout = source, options, timeout
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
-        # Processes that have ended.
-        self.lives = 0
+        # The number of processes that have ended.
+        self.generation = 0
         # Keys of running episodes, and of those to close with the next request.
         self.playing: set[int] = set()
         self.closed: list[int] = []
@@ -141,7 +141,7 @@ class Worker:
     def end(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            self.lives += 1
+            self.generation += 1
             self.pipe.close()
             process.kill()
             process.wait()
@@ -158,7 +158,7 @@ class WorkerEpisode:
         self.worker, self.key, self.task_id = worker, key, task_id
         # (call, argument, answer) of each request.
         self.history: list[tuple[str, str, Any]] = []
-        self.life = worker.lives
+        self.generation = worker.generation
         self.restarts = self.failures = 0
         self.reward = 0.0
         # The first observation, or the expert's trajectory.
@@ -169,7 +169,7 @@ class WorkerEpisode:
         while self.failures < MOST_FAILURES:
             try:
                 with self.worker.lock:
-                    if self.life != self.worker.lives:
+                    if self.generation != self.worker.generation:
                         self.replay()
                     answer = self.worker.ask(call, self.key, argument)
                 self.history.append((call, argument, answer))
@@ -183,7 +183,7 @@ class WorkerEpisode:
         return None
 
     def replay(self) -> None:
-        self.life = self.worker.lives
+        self.generation = self.worker.generation
         self.restarts += bool(self.history)
         for call, argument, answer in self.history:
             if self.worker.ask(call, self.key, argument) != answer:

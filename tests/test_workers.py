@@ -87,7 +87,7 @@ def test_errors_of_the_user_are_not_failures(pool):
         env.start("unknown")
     with pytest.raises(InputError, match="turns must be positive"):
         Workers(SOURCE, {"turns": 0}, 1)
-    assert env.workers[0].lives == 0
+    assert env.workers[0].generation == 0
     episode, first = env.start("train-0")
     assert first == "train-0: 0" and env.workers[0].playing == {episode.key}
 
@@ -144,7 +144,7 @@ def test_a_task_that_always_fails_is_reported_and_the_others_go_on(pool, failure
     play(beside, ["a"])
     _, reward, done, info = episode.step(f"Action: {failure}")
     assert done and info["unplayable"] == 1 and reward == 0.25
-    assert episode.failures == env.workers[0].lives == MOST_FAILURES
+    assert episode.failures == env.workers[0].generation == MOST_FAILURES
     assert "the task is not playable" in capfd.readouterr().err
     assert without_restarts(play(beside, ["b"])) == [("train-1: 2 b", 0.5, False, {"valid": True})]
 
