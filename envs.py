@@ -15,7 +15,7 @@ An environment is a class with these attributes and methods, without a base clas
 and, where they make sense:
     env.slow              True if a step takes about as long as the model's: worker processes play
                           it, while the model goes on
-    env.right(experts)    -> those of an expert file that are right by the benchmark's own measure
+    env.right(experts)    -> those of an expert file that are right by the benchmark's measure
     env.paper             its sizes in the paper's Table 1, for --stats
     episode.close()       frees what the episode holds
 make_env("household") makes one by its name, make_env("path/to/file.py:Class") yours.

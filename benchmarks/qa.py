@@ -347,7 +347,7 @@ class QAEpisode:
 
 
 class QA:
-    """Task ids are the files' own.
+    """Task ids are those of the files.
 
     Search covers all paragraphs of the files. Of those with one title it shows the question's,
     else those of the first question that has the title. HotpotQA and 2Wiki have a page's first

@@ -1,7 +1,7 @@
 """Checkpoints inside a phase: a stopped or killed run continues after its last saved update.
 
 checkpoints/<updates done> holds safetensors of each rank's part and a manifest with checksums. It
-is written under another name and moved into place; two are kept.
+is written under another name, then renamed; two are kept.
 """
 
 from __future__ import annotations

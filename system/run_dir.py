@@ -64,7 +64,7 @@ class RunDir:
 
         Results always come back from disk, so a resumed run continues from the same bits. Nothing
         else is to restore: random numbers are seeded by what they are drawn for, and every phase
-        makes its own optimizer.
+        makes a new optimizer.
         """
         if not self.has_done(name):
             self.current = name

@@ -367,7 +367,7 @@ def test_task_ids_name_no_files(tmp_path, model):
 # ------------------------------------------------------------------------ the program, as a process
 
 
-def nobody() -> None:
+def drop_root() -> None:
     if os.geteuid() == 0:
         os.setuid(65534)
 
@@ -379,7 +379,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, out, says):
     (tmp_path / "no_permission").mkdir(mode=0o555)
     (tmp_path / "a_file").write_text("")
     (tmp_path / "log").touch(0o666)
-    before = nobody if out.startswith("no_permission") else None
+    before = drop_root if out.startswith("no_permission") else None
     runs = [({}, ["--out", str(tmp_path / out)])]
     assert finish(start(1, tmp_path / "log", commands, runs, before)) == [1]
     [line] = (tmp_path / "log").read_text().splitlines()

@@ -207,7 +207,7 @@ def test_attributes_count_in_attributes_title_features_and_description(where):
 
 
 @pytest.mark.parametrize(
-    "own, wanted, hit",
+    "listed, wanted, hit",
     [
         # Ratios 90, 85.7 and 70.6.
         ("hand wash", "hand washed", True),
@@ -215,8 +215,8 @@ def test_attributes_count_in_attributes_title_features_and_description(where):
         ("anti slip", "non slip", False),
     ],
 )
-def test_attributes_are_compared_by_token_set_ratio(own, wanted, hit):
-    assert reward(product(attributes=[own]), attributes=[wanted]) == (1 + hit) / 2
+def test_attributes_are_compared_by_token_set_ratio(listed, wanted, hit):
+    assert reward(product(attributes=[listed]), attributes=[wanted]) == (1 + hit) / 2
 
 
 @pytest.mark.parametrize(
