@@ -1,6 +1,6 @@
 """Environments: text worlds that an agent plays turn by turn, and files of expert trajectories.
 
-An environment is a class of its own with these attributes and methods, without a base class:
+An environment is a class with these attributes and methods, without a base class:
     env.splits            {"train": [task id, ...], "dev": [...], "test": [...], ...}
     env.instruction       the rules of the world and the reply format, as text
     env.example           one train task played by the expert, as text; "" where there is none
@@ -15,10 +15,10 @@ An environment is a class of its own with these attributes and methods, without 
 and, where they make sense:
     env.slow              True if a step takes about as long as the model's: worker processes play
                           it, while the model goes on
-    env.right(experts)    -> those of an expert file that are right by the benchmark's own measure
+    env.right(experts)    -> those of an expert file that are right by the benchmark's measure
     env.paper             its sizes in the paper's Table 1, for --stats
     episode.close()       frees what the episode holds
-make_env("household") makes one by its name, make_env("path/to/file.py:Class") one of your own.
+make_env("household") makes one by its name, make_env("path/to/file.py:Class") yours.
 Bad input (an unknown name or task, a broken file) raises InputError, one line with the remedy.
 
     python envs.py household --play
@@ -38,7 +38,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import need, objects_of, parse_json, read_contents, reward_of, text_of
+from benchmarks.files import (
+    json_entries,
+    json_lines,
+    need,
+    objects_of,
+    read_contents,
+    reward_of,
+    text_of,
+)
 from benchmarks.workers import Workers, load_class
 from trajectory import InputError, Step, Trajectory, parse_action, render, stable_seed
 
@@ -58,7 +66,7 @@ PROTOCOL = ("splits", "instruction", "example", "max_steps", "task_type", "start
 ROW_FIELDS = ("task_id", "prompt", "steps", "reward", "truncated")
 
 
-# ---------------------------------------------------------------------------- making one by name
+# ---------------------------------------------------------------------------- environments by name
 
 
 def find(name: str) -> tuple[str, dict[str, str]]:
@@ -68,23 +76,21 @@ def find(name: str) -> tuple[str, dict[str, str]]:
         # The question benchmarks share one class, which takes their name.
         return source, {"name": name} if source.endswith(":QA") else {}
     file, _, class_name = name.rpartition(":")
-    need(
-        file.endswith(".py"),
-        f"environment {name!r}",
-        f"unknown; choose one of: {', '.join(ENVIRONMENTS)}; or give path/to/file.py:Class",
-    )
+    where = f"environment {name!r}"
+    problem = f"unknown; choose one of: {', '.join(ENVIRONMENTS)}; or give path/to/file.py:Class"
+    need(file.endswith(".py"), where, problem)
     path = Path(file).resolve()
-    need(path.is_file(), f"environment {name!r}", f"there is no file {path}")
+    need(path.is_file(), where, f"there is no file {path}")
     return f"{path}:{class_name}", {}
 
 
 def source_file(name: str) -> Path:
     """The file that defines an environment."""
     source, _ = find(name)
-    place, _, _ = source.rpartition(":")
-    if place.endswith(".py"):
-        return Path(place)
-    return Path(__file__).resolve().parent / f"{place.replace('.', '/')}.py"
+    module, _, _ = source.rpartition(":")
+    if module.endswith(".py"):
+        return Path(module)
+    return Path(__file__).resolve().parent / f"{module.replace('.', '/')}.py"
 
 
 def known_options(name: str) -> dict[str, Any]:
@@ -110,11 +116,8 @@ def make_env(name: str, workers: int | None = None, **options) -> Any:
     if workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
-    need(
-        isinstance(workers, int) and 0 <= workers <= 256,
-        where,
-        f"workers must be a number from 0 to 256, not {workers!r}",
-    )
+    is_count = isinstance(workers, int) and 0 <= workers <= 256
+    need(is_count, where, f"workers must be a number from 0 to 256, not {workers!r}")
     arguments |= options
     env = Workers(source, arguments, workers) if workers else make(**arguments)
     if name not in ENVIRONMENTS:
@@ -148,10 +151,10 @@ def some(tasks: list[str], most: int) -> list[str]:
     return [task for task in tasks if task in chosen]
 
 
-def prompt_messages(env: Any, example: bool = True) -> list[dict[str, str]]:
+def prompt_messages(env: Any) -> list[dict[str, str]]:
     """The opening of every conversation, in ETO's shape: the instruction, then the agent's "OK"."""
     text = env.instruction
-    if example and env.example:
+    if env.example:
         text += f"\n\nHere is an example.\n{env.example}"
     return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
 
@@ -160,7 +163,7 @@ def prompt_messages(env: Any, example: bool = True) -> list[dict[str, str]]:
 
 
 def load_trajectories(path: str) -> list[Trajectory]:
-    """Reads a file of expert trajectories: ETO's, FireAct's or our own (see the three readers).
+    """Reads a file of expert trajectories: ETO's, FireAct's or save_trajectories' (three readers).
 
     A task may occur once. ETO's WebShop file repeats some: the first is kept, the other named on
     stderr. Plays of FireAct's without the right answer are left out. InputError names the file and
@@ -182,48 +185,32 @@ def load_trajectories(path: str) -> list[Trajectory]:
         first_rows[task_id] = row_name
         if read is not read_fireact or trajectory.reward == 1:
             trajectories.append(trajectory)
-    need(
-        bool(trajectories),
-        path,
-        "no play in it ends with the right answer; give a file of successful ones",
-    )
+    problem = "no play in it ends with the right answer; give a file of successful ones"
+    need(bool(trajectories), path, problem)
     return trajectories
 
 
 def read_rows(path: str) -> tuple[list[tuple[str, Any]], Any]:
     """([(name of a row, row)], the function that reads one)."""
-    text = read_contents(path, "a trajectory file")
-    need(
-        bool(text.strip()),
-        path,
-        "empty; expected ETO's JSON list or JSONL with one trajectory a line",
-    )
+    text = read_contents(path, "give the path of a trajectory file")
+    problem = "empty; expected ETO's JSON list or JSONL with one trajectory a line"
+    need(bool(text.strip()), path, problem)
     if not text.lstrip().startswith("["):
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                rows.append((f"line {number}", parse_json(line, f"{path}, line {number}")))
-        return rows, read_own
-    entries = parse_json(text, path)
-    need(bool(entries), path, "an empty list; expected at least one trajectory")
-    rows = [(f"entry {i}", entry) for i, entry in enumerate(entries)]
-    is_fireact = isinstance(entries[0], dict) and "output" in entries[0]
+        return json_lines(text, path), read_saved
+    rows = json_entries(text, path)
+    need(bool(rows), path, "an empty list; expected at least one trajectory")
+    _, first = rows[0]
+    is_fireact = isinstance(first, dict) and "output" in first
     return rows, read_fireact if is_fireact else read_eto
 
 
 def check_actions(trajectory: Trajectory, where: str) -> None:
-    need(
-        bool(trajectory.steps),
-        where,
-        "has no actions; remove the row, or give it at least one turn of the agent",
-    )
+    problem = "has no actions; remove the row, or give it at least one turn of the agent"
+    need(bool(trajectory.steps), where, problem)
     for i, step in enumerate(trajectory.steps):
-        need(
-            parse_action(step.action) is not None,
-            where,
-            f'action {i} has no "Action:" (it starts {step.action[:40]!r}); '
-            'write it as "Thought: ...\\nAction: ..."',
-        )
+        problem = f'action {i} has no "Action:" (it starts {step.action[:40]!r})'
+        remedy = 'write it as "Thought: ...\\nAction: ..."'
+        need(parse_action(step.action) is not None, where, f"{problem}; {remedy}")
 
 
 def read_eto(row: dict, where: str) -> Trajectory:
@@ -238,24 +225,15 @@ def read_eto(row: dict, where: str) -> Trajectory:
     need(type(task_id) in (str, int), where, "'id' is missing or neither text nor a whole number")
     task_id = text_of({"id": str(task_id)}, "id", where)
     turns = []
-    for i, (turn, place) in enumerate(objects_of(row, "conversations", where)):
-        role = text_of(turn, "from", place)
-        need(
-            role == ("human", "gpt")[i % 2],
-            place,
-            f"is from {role!r}; turns alternate 'human', 'gpt', starting with 'human'",
-        )
-        turns.append(text_of(turn, "value", place))
-    need(
-        len(turns) >= 2,
-        where,
-        "has no instruction with its 'OK'; expected instruction, OK, task, then turns",
-    )
-    need(
-        parse_action(turns[1]) is None,
-        where,
-        'conversations[1] already acts; insert an "OK" that answers the instruction',
-    )
+    for i, (turn, at) in enumerate(objects_of(row, "conversations", where)):
+        role = text_of(turn, "from", at)
+        problem = f"is from {role!r}; turns alternate 'human', 'gpt', starting with 'human'"
+        need(role == ("human", "gpt")[i % 2], at, problem)
+        turns.append(text_of(turn, "value", at))
+    problem = "has no instruction with its 'OK'; expected instruction, OK, task, then turns"
+    need(len(turns) >= 2, where, problem)
+    problem = 'conversations[1] already acts; insert an "OK" that answers the instruction'
+    need(parse_action(turns[1]) is None, where, problem)
     prompt = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": turns[1]}]
     steps = []
     for observation, action in zip(turns[2::2], turns[3::2]):
@@ -285,19 +263,13 @@ def read_fireact(row: dict, where: str) -> Trajectory:
         turn = re.search(r"(?ms)^(?:Thought:\s*(.*?)\n)?Action:\s*(.*?)\s*\Z", part)
         if turn is None:
             # After the last action there is only the world's final word.
-            need(
-                i == len(parts) - 1,
-                where,
-                f"'output' has no action before observation {i}; "
-                "write Thought: .., Action: .., Observation: ..",
-            )
+            problem = f"'output' has no action before observation {i}"
+            remedy = "write Thought: .., Action: .., Observation: .."
+            need(i == len(parts) - 1, where, f"{problem}; {remedy}")
             break
         call = parse_call(parse_action(f"Action: {turn[2]}"))
-        need(
-            call is not None,
-            where,
-            f"action {i} is neither search[..] nor finish[..] (it is {turn[2][:40]!r})",
-        )
+        problem = f"action {i} is neither search[..] nor finish[..] (it is {turn[2][:40]!r})"
+        need(call is not None, where, problem)
         thought = " ".join((turn[1] or "").split())
         ends = call[0] == "finish"
         action = f"Thought: {thought}\nAction: {call[0].capitalize()}[{call[1]}]"
@@ -307,18 +279,14 @@ def read_fireact(row: dict, where: str) -> Trajectory:
     return Trajectory(question, [], steps, reward)
 
 
-def read_own(row: dict, where: str) -> Trajectory:
-    """A line of ours, as save_trajectories writes it."""
+def read_saved(row: dict, where: str) -> Trajectory:
+    """A line that save_trajectories wrote."""
     for name in ROW_FIELDS:
-        need(
-            name in row,
-            where,
-            f"{name!r} is missing; a row has task_id, prompt, steps, reward and truncated",
-        )
+        problem = f"{name!r} is missing; a row has task_id, prompt, steps, reward and truncated"
+        need(name in row, where, problem)
     prompt, steps = [], []
-    for message, place in objects_of(row, "prompt", where):
-        role, content = text_of(message, "role", place), text_of(message, "content", place)
-        prompt.append({"role": role, "content": content})
+    for message, at in objects_of(row, "prompt", where):
+        prompt.append({key: text_of(message, key, at) for key in ("role", "content")})
     roles = [message["role"] for message in prompt]
     if roles[:1] == ["system"]:
         del roles[0]
@@ -328,8 +296,8 @@ def read_own(row: dict, where: str) -> Trajectory:
         "'prompt' must be an optional system message, then user and assistant by turns, "
         "ending with assistant",
     )
-    for step, place in objects_of(row, "steps", where):
-        steps.append(Step(text_of(step, "observation", place), text_of(step, "action", place)))
+    for step, at in objects_of(row, "steps", where):
+        steps.append(Step(text_of(step, "observation", at), text_of(step, "action", at)))
     need(isinstance(row["truncated"], bool), where, "'truncated' must be true or false")
     task_id, reward = text_of(row, "task_id", where), reward_of(row, where)
     return Trajectory(task_id, prompt, steps, reward, row["truncated"])
@@ -369,10 +337,8 @@ def stats(env: Any) -> None:
     """Prints, by split and task type, how many tasks there are and how the expert does on them."""
     paper = getattr(env, "paper", None)
     if paper:
-        sizes = ", ".join(
-            f"{split} {paper[split] or '-'} tasks" for split in ("train", "dev", "test")
-        )
-        print(f"paper: {sizes}, {paper['turns']} turns")
+        sizes = [f"{split} {paper[split] or '-'} tasks" for split in ("train", "dev", "test")]
+        print(f"paper: {', '.join(sizes)}, {paper['turns']} turns")
     for split, task_ids in env.splits.items():
         groups: dict[str, list[Trajectory]] = {"all": []}
         for shown in filter(None, map(env.expert, task_ids)):
@@ -408,12 +374,6 @@ def play(env: Any, task_id: str) -> None:
             return
 
 
-def files_of(name: str) -> str:
-    """What a benchmark needs. The question benchmarks' module has one text for each name."""
-    module = importlib.import_module(ENVIRONMENTS[name].partition(":")[0])
-    return module.FILES[name] if isinstance(module.FILES, dict) else module.FILES
-
-
 class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         # Only help imports all benchmarks.
@@ -421,9 +381,12 @@ class Parser(argparse.ArgumentParser):
             "files, in the folder given as data=FOLDER, or in the environment's own folder within",
             "the one that STEPAGENT_DATA names:",
         ]
-        for name in ENVIRONMENTS:
-            text = f"  {name}: {files_of(name)}"
-            lines.append(textwrap.fill(text, 100, subsequent_indent="      "))
+        for name, source in ENVIRONMENTS.items():
+            files = importlib.import_module(source.partition(":")[0]).FILES
+            if isinstance(files, dict):
+                # The question benchmarks share a module.
+                files = files[name]
+            lines.append(textwrap.fill(f"  {name}: {files}", 100, subsequent_indent="      "))
         lines += ["", "options of each (its class says what they mean):"]
         for name in ENVIRONMENTS:
             options = [f"{key}={default}" for key, default in known_options(name).items()]
@@ -446,9 +409,8 @@ def main() -> None:
         help="options of the environment, as key=value words, e.g. 'data=FOLDER'",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--stats", action="store_true", help="the tasks, and how the expert does on them"
-    )
+    stats_help = "the tasks, and how the expert does on them"
+    what.add_argument("--stats", action="store_true", help=stats_help)
     what.add_argument("--expert", action="store_true", help="print one episode of the expert")
     what.add_argument("--play", action="store_true", help="play one task yourself")
     args = parser.parse_args()

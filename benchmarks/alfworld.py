@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from benchmarks.files import kind, need, objects_of, parse_json, read_contents, text_of
+from benchmarks.files import kind, load_json, need, objects_of, text_of
 from trajectory import InputError, Step, Trajectory, parse_action, render
 
 FILES = "json_2.1.1/ with its games, as alfworld-download makes it"
@@ -402,7 +402,7 @@ class ALFWorld:
         path = f"{self.root}/{task_id}/gt_traj.json"
         if self.shown == "gt_traj" and os.path.exists(path):
             # A conversation in ETO's form.
-            said = parse_json(read_contents(path, "a game's gt_traj.json"), path)
+            said = load_json(path)
             need(isinstance(said, list), path, "is not a list of turns")
             said = objects_of({"turns": said}, "turns", path)
             plan = [text_of(turn, "value", at) for turn, at in said if turn.get("from") == "gpt"]

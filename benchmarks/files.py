@@ -9,8 +9,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from trajectory import InputError
+from trajectory import InputError, render
 
 
 def need(condition: bool, where: str, problem: str) -> None:
@@ -24,24 +25,28 @@ def kind(name: str) -> str:
     return name.rsplit(" ", 1)[0]
 
 
+def shortest_play(env, count: int) -> str:
+    """The shortest text of the first train tasks that the expert solves."""
+    experts = [env.expert(task_id) for task_id in env.splits["train"][:count]]
+    texts = [render(expert) for expert in experts if expert and expert.reward == 1]
+    return min(texts, key=len, default="")
+
+
 def benchmark_folder(name: str, data: str | None, files: str) -> str:
     """The folder with a benchmark's files: the option data, else $STEPAGENT_DATA/name.
 
     files: what the benchmark needs, for the error message.
     """
     root = os.environ.get("STEPAGENT_DATA")
-    need(
-        bool(data or root),
-        name,
-        f"no data; it needs {files}; give their folder as the option data=FOLDER, or set "
-        f"STEPAGENT_DATA to the folder that has them in {name}/",
-    )
+    problem = f"no data; it needs {files}; give their folder as the option data=FOLDER"
+    remedy = f"or set STEPAGENT_DATA to the folder that has them in {name}/"
+    need(bool(data or root), name, f"{problem}, {remedy}")
     # --env-options makes a number of a folder's name that looks like one.
     return str(data) if data else os.path.join(root, name)
 
 
-def read_contents(path: str, what: str) -> str:
-    """The text of a user's file; `what` says in an error what the file should be."""
+def read_contents(path: str, remedy: str) -> str:
+    """The text of a file; remedy: what an error tells the user to do."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
@@ -52,7 +57,7 @@ def read_contents(path: str, what: str) -> str:
     except (OSError, ValueError) as error:
         # ValueError: a NUL in the path.
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); give the path of {what}") from None
+        raise InputError(f"{path}: cannot be read ({reason}); {remedy}") from None
 
 
 def parse_json(text: str, where: str):
@@ -71,14 +76,25 @@ def parse_json(text: str, where: str):
         ) from None
 
 
+def json_lines(text: str, path: str) -> list[tuple[str, Any]]:
+    """[("line 1", its value), ...] of JSONL; empty lines are left out."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            rows.append((f"line {number}", parse_json(line, f"{path}, line {number}")))
+    return rows
+
+
+def json_entries(text: str, path: str) -> list[tuple[str, Any]]:
+    """[("entry 0", its value), ...] of a JSON list."""
+    content = parse_json(text, path)
+    need(isinstance(content, list), path, "is not a JSON list")
+    return [(f"entry {number}", entry) for number, entry in enumerate(content)]
+
+
 def load_json(path: str):
     """A downloaded JSON file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); download it again") from None
-    return parse_json(text, path)
+    return parse_json(read_contents(path, "download it again"), path)
 
 
 def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, int]]:
@@ -110,12 +126,9 @@ def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, in
     except (OSError, ValueError, RecursionError) as error:
         # ValueError: not UTF-8, or a number of thousands of digits.
         raise InputError(f"{path}: cannot be read ({error}); download it again") from None
-    need(
-        re.fullmatch(r"[\s\[]*\]\s*", text[start:]) is not None,
-        path,
-        f"broken JSON near {text[start : start + 40]!r}; it should be a list of objects; "
-        "download it again",
-    )
+    near = repr(text[start : start + 40])
+    problem = f"broken JSON near {near}; it should be a list of objects; download it again"
+    need(re.fullmatch(r"[\s\[]*\]\s*", text[start:]) is not None, path, problem)
 
 
 # ---------------------------------------------------------------------------- fields of a row
@@ -124,24 +137,18 @@ def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, in
 def text_of(row: dict, key: str, where: str) -> str:
     need(key in row, where, f"{key!r} is missing; it must be text")
     need(isinstance(row[key], str), where, f"{key!r} is not text but {type(row[key]).__name__}")
-    need(
-        not re.search("[\ud800-\udfff]", row[key]),
-        where,
-        f"{key!r} holds half of a surrogate pair; re-encode it as UTF-8",
-    )
+    problem = f"{key!r} holds half of a surrogate pair; re-encode it as UTF-8"
+    need(not re.search("[\ud800-\udfff]", row[key]), where, problem)
     return row[key]
 
 
 def objects_of(row: dict, key: str, where: str) -> list[tuple[dict, str]]:
-    """The list of objects under `key`, each with its place for error messages."""
+    """The list of objects under `key`, each with its name for error messages."""
     need(isinstance(row.get(key), list), where, f"{key!r} is missing or not a list")
     found = []
     for i, item in enumerate(row[key]):
-        need(
-            isinstance(item, dict),
-            where,
-            f"{key}[{i}] is not an object but {type(item).__name__}",
-        )
+        problem = f"{key}[{i}] is not an object but {type(item).__name__}"
+        need(isinstance(item, dict), where, problem)
         found.append((item, f"{where}, {key}[{i}]"))
     return found
 
@@ -150,9 +157,6 @@ def reward_of(row: dict, where: str) -> float:
     reward = row["reward"]
     is_number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
     # NaN compares false.
-    need(
-        is_number and abs(reward) < 1e9,
-        where,
-        "'reward' is not a finite number; give the final score between 0 and 1",
-    )
+    problem = "'reward' is not a finite number; give the final score between 0 and 1"
+    need(is_number and abs(reward) < 1e9, where, problem)
     return float(reward)

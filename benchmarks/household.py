@@ -295,51 +295,37 @@ class HouseholdExpert:
 
     def decide(self) -> tuple[str, str]:
         """(thought, action). StopIteration: it has looked everywhere in vain."""
-        if not self.hand:
-            return self.fetch()
-        if self.task == "examine":
-            return self.light()
-        if self.task in STATION and not self.treated:
-            return self.treat()
-        return self.store()
-
-    def fetch(self) -> tuple[str, str]:
-        known = []
-        for receptacle, objects in self.seen.items():
-            if kind(receptacle) != self.goal:
-                known += [(obj, receptacle) for obj in objects if kind(obj) == self.obj]
-        for obj, receptacle in known:
-            if receptacle == self.place:
-                return f"I see {obj}. I take it.", f"take {obj} from {receptacle}"
-        if not known:
-            return self.search(self.obj)
-        obj, receptacle = known[0]
-        return f"{self.stored} is done. I saw {obj} {at(receptacle)}.", f"go to {receptacle}"
-
-    def light(self) -> tuple[str, str]:
-        for receptacle, objects in self.seen.items():
-            if "desklamp 1" in objects:
-                if receptacle == self.place:
-                    return f"I have {self.hand} at desklamp 1. I use it.", "use desklamp 1"
-                where = at(receptacle)
-                return f"I have {self.hand}. I saw desklamp 1 {where}.", f"go to {receptacle}"
-        return self.search("desklamp")
-
-    def treat(self) -> tuple[str, str]:
-        station = STATION[self.task]
-        if self.place != station:
-            return f"I have {self.hand}. I {self.task} it with {station}.", f"go to {station}"
-        thought = f"I have {self.hand} at {station}. I {self.task} it."
-        return thought, f"{self.task} {self.hand} with {station}"
-
-    def store(self) -> tuple[str, str]:
-        goal = f"{self.goal} 1"
-        held = f"{STATE[self.task]} {self.hand}" if self.treated else self.hand
+        hand, task, goal = self.hand, self.task, f"{self.goal} 1"
+        if not hand or task == "examine":
+            return self.fetch("desklamp" if hand else self.obj)
+        if task in STATION and not self.treated:
+            station = STATION[task]
+            if self.place != station:
+                return f"I have {hand}. I {task} it with {station}.", f"go to {station}"
+            return f"I have {hand} at {station}. I {task} it.", f"{task} {hand} with {station}"
+        held = f"{STATE[task]} {hand}" if self.treated else hand
         if self.place != goal:
             return f"I have {held}. I put it {at(goal)}.", f"go to {goal}"
         if self.closed:
             return f"{goal} is closed. I open it.", f"open {goal}"
-        return f"I have {held} at {goal}. I put it.", f"put {self.hand} in/on {goal}"
+        return f"I have {held} at {goal}. I put it.", f"put {hand} in/on {goal}"
+
+    def fetch(self, what: str) -> tuple[str, str]:
+        """Goes to a thing of that kind and takes it, or uses it: the lamp, with a full hand."""
+        known = []
+        for receptacle, objects in self.seen.items():
+            if kind(receptacle) != self.goal:
+                known += [(obj, receptacle) for obj in objects if kind(obj) == what]
+        if not known:
+            return self.search(what)
+        # One that is here comes first.
+        obj, receptacle = min(known, key=lambda pair: pair[1] != self.place)
+        if receptacle != self.place:
+            before = f"I have {self.hand}" if self.hand else f"{self.stored} is done"
+            return f"{before}. I saw {obj} {at(receptacle)}.", f"go to {receptacle}"
+        if self.hand:
+            return f"I have {self.hand} at {obj}. I use it.", f"use {obj}"
+        return f"I see {obj}. I take it.", f"take {obj} from {receptacle}"
 
     def search(self, what: str) -> tuple[str, str]:
         """Opens the receptacle that it is at, or goes to the next one."""
@@ -402,11 +388,8 @@ class Household:
             ("likely", likely, 0, 1),
             ("max_steps", max_steps, 1, 1000),
         ]:
-            need(
-                isinstance(value, (int, float)) and low <= value <= high,
-                "household",
-                f"{option} must be a number between {low} and {high}, not {value!r}",
-            )
+            problem = f"{option} must be a number between {low} and {high}, not {value!r}"
+            need(isinstance(value, (int, float)) and low <= value <= high, "household", problem)
         self.receptacles = receptacles
         self.distractors = distractors
         self.likely = likely
@@ -423,11 +406,8 @@ class Household:
     def task_type(self, task_id: str) -> str:
         match = re.fullmatch(r"(\w+)-(0|[1-9][0-9]{0,8})", task_id)
         splits = ", ".join(f"{split}-0 .. {split}-{size - 1}" for split, size in SIZES.items())
-        need(
-            match is not None and int(match[2]) < SIZES.get(match[1], 0),
-            "household",
-            f"there is no task {task_id!r}; tasks are {splits}",
-        )
+        exists = match is not None and int(match[2]) < SIZES.get(match[1], 0)
+        need(exists, "household", f"there is no task {task_id!r}; tasks are {splits}")
         return TASK_TYPES[int(match[2]) % len(TASK_TYPES)]
 
     def house(self, task_id: str) -> House:

@@ -14,8 +14,8 @@ import re
 import struct
 from dataclasses import dataclass
 
-from benchmarks.files import benchmark_folder, need, stream_json
-from trajectory import InputError, Step, Trajectory, parse_action, render
+from benchmarks.files import benchmark_folder, need, shortest_play, stream_json
+from trajectory import InputError, Step, Trajectory, parse_action
 
 FILES = (
     "train/*.json, test_domain/*.json and, if wanted, test_task/, test_website/ and "
@@ -249,9 +249,7 @@ class Mind2Web:
 
     @functools.cached_property
     def example(self) -> str:
-        """The shortest text of the first train tasks."""
-        texts = [render(self.expert(task_id)) for task_id in self.splits["train"][:10]]
-        return min(texts, key=len)
+        return shortest_play(self, 10)
 
     def max_steps(self, task_id: str) -> int:
         return len(self.recorded(task_id).kept)

@@ -20,8 +20,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks.files import benchmark_folder, need, objects_of, parse_json, read_contents, text_of
-from trajectory import Step, Trajectory, parse_action, render
+from benchmarks.files import (
+    benchmark_folder,
+    json_entries,
+    json_lines,
+    need,
+    objects_of,
+    read_contents,
+    shortest_play,
+    text_of,
+)
+from trajectory import Step, Trajectory, parse_action
 
 
 @dataclass
@@ -31,7 +40,7 @@ class Question:
     answers: list[str]
     # The task type.
     kind: str
-    # {title: this question's own paragraphs}
+    # {title: its paragraphs in this question's row}
     pages: dict[str, str]
     # What the expert does: (title of a page, what it wants to know, what it reads there).
     hops: list[tuple[str, str, str]]
@@ -42,8 +51,7 @@ class Question:
 
 def read_hotpot(row: dict, where: str) -> Question:
     """The expert reads the marked pages, those first that it has read of, and quotes each."""
-    sentences, facts = read_context(row, where)
-    pages = {title: clean(" ".join(own)) for title, own in sentences.items()}
+    sentences, facts, pages = read_context(row, where)
     question, answer = text_of(row, "question", where), text_of(row, "answer", where)
     read = question
     unread = list(facts)
@@ -52,8 +60,8 @@ def read_hotpot(row: dict, where: str) -> Question:
         title = next((title for title in unread if names(read, title)), unread[0])
         unread.remove(title)
         read += pages.get(title, "")
-        own = sentences.get(title, [])
-        marked = [own[number] for number in facts[title] if 0 <= number < len(own)]
+        listed = sentences.get(title, [])
+        marked = [listed[number] for number in facts[title] if 0 <= number < len(listed)]
         # A sentence that names the next page, or the answer, comes before the other marked ones.
         telling = [sentence for sentence in marked if names(sentence, *unread or [answer])]
         fact = f"I have read about {title}."
@@ -66,7 +74,7 @@ def read_hotpot(row: dict, where: str) -> Question:
 
 def read_2wiki(row: dict, where: str) -> Question:
     """The expert follows the evidences, (subject, relation, object), each on its subject's page."""
-    sentences, facts = read_context(row, where)
+    _, facts, pages = read_context(row, where)
     evidences = row.get("evidences")
     is_list = isinstance(evidences, list)
     are_triples = is_list and all(is_texts(triple) and len(triple) == 3 for triple in evidences)
@@ -78,7 +86,6 @@ def read_2wiki(row: dict, where: str) -> Question:
         title = subject if subject in titles else titles[min(i, len(titles) - 1)]
         wanted = f"I want to know the {relation} of {title}."
         hops.append((title, wanted, f"The {relation} of {title} is {thing}."))
-    pages = {title: clean(" ".join(own)) for title, own in sentences.items()}
     question, answer, kind = [text_of(row, key, where) for key in ("question", "answer", "type")]
     return Question(question, [answer], kind, pages, hops)
 
@@ -88,24 +95,24 @@ def read_musique(row: dict, where: str) -> Question:
     answerable = row.get("answerable", True) is True
     need(answerable, where, "'answerable' is not true; use the musique_ans files")
     titles, pages = [], {}
-    for paragraph, place in objects_of(row, "paragraphs", where):
-        title = clean(text_of(paragraph, "title", place))
-        text = clean(text_of(paragraph, "paragraph_text", place))
+    for paragraph, at in objects_of(row, "paragraphs", where):
+        title = clean(text_of(paragraph, "title", at))
+        text = clean(text_of(paragraph, "paragraph_text", at))
         titles.append(title)
         pages[title] = f"{pages.get(title, '')}\n{text}".strip()
     found, hops = [], []
-    for part, place in objects_of(row, "question_decomposition", where):
+    for part, at in objects_of(row, "question_decomposition", where):
         number = part.get("paragraph_support_idx")
         is_number = type(number) is int and 0 <= number < len(titles)
-        need(is_number, place, "'paragraph_support_idx' is not the number of a paragraph")
-        asked = text_of(part, "question", place)
+        need(is_number, at, "'paragraph_support_idx' is not the number of a paragraph")
+        asked = text_of(part, "question", at)
         for i, answer in enumerate(found, 1):
             asked = asked.replace(f"#{i}", answer)
         subject, arrow, relation = asked.partition(" >> ")
         wanted = f"I want to know this: {asked.rstrip('?')}?"
         if arrow:
             wanted = f"I want to know this about {subject}: {relation}."
-        found.append(text_of(part, "answer", place))
+        found.append(text_of(part, "answer", at))
         hops.append((titles[number], wanted, f"I have found this: {found[-1]}."))
     aliases = row.get("answer_aliases", [])
     need(is_texts(aliases), where, "'answer_aliases' is not a list of text")
@@ -116,14 +123,15 @@ def read_musique(row: dict, where: str) -> Question:
     return Question(text_of(row, "question", where), answers, kind[0], pages, hops)
 
 
-def read_context(row: dict, where: str) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
-    """{title: its sentences} and {title: the numbers of its supporting sentences}"""
+def read_context(row: dict, where: str) -> tuple[dict, dict, dict]:
+    """{title: its sentences}, {title: numbers of its supporting sentences}, {title: its text}"""
     sentences, facts = {}, {}
     for title, texts in titled(row, "context", where, is_texts, "[sentence, ...]"):
         sentences.setdefault(title, []).extend(texts)
     for title, number in titled(row, "supporting_facts", where, is_whole, "sentence number"):
         facts.setdefault(title, []).append(number)
-    return sentences, facts
+    pages = {title: clean(" ".join(texts)) for title, texts in sentences.items()}
+    return sentences, facts, pages
 
 
 def titled(row: dict, key: str, where: str, fits: Callable, shape: str) -> list[tuple]:
@@ -297,8 +305,8 @@ class Titles:
         """Weights of the name's words: high if rare; unknown words count as their neighbours."""
         weights: dict[str, float] = {}
         for word in title_words(name):
-            place = bisect.bisect(self.vocabulary, word)
-            known = self.vocabulary[max(0, place - 3) : place + 3]
+            rank = bisect.bisect(self.vocabulary, word)
+            known = self.vocabulary[max(0, rank - 3) : rank + 3]
             if word in self.having:
                 known = [word]
             for other in known:
@@ -339,9 +347,9 @@ class QAEpisode:
 
 
 class QA:
-    """Task ids are the files' own.
+    """Task ids are those of the files.
 
-    Search covers all paragraphs of the files. Of those with one title it shows the question's own,
+    Search covers all paragraphs of the files. Of those with one title it shows the question's,
     else those of the first question that has the title. HotpotQA and 2Wiki have a page's first
     paragraph only; MuSiQue may have several, with the answer in any.
     train is 5,000 questions of the train file; dev and test are 500 each of the dev file, or half
@@ -414,10 +422,7 @@ class QA:
 
     @functools.cached_property
     def example(self) -> str:
-        """The shortest text of the first train questions that the expert answers."""
-        experts = [self.expert(task_id) for task_id in self.splits["train"][:100]]
-        texts = [render(expert) for expert in experts if expert and expert.reward == 1]
-        return min(texts, key=len, default="")
+        return shortest_play(self, 100)
 
     def question(self, task_id: str) -> Question:
         known = f"tasks are the ids of the files' questions, such as {self.splits['train'][0]}"
@@ -450,7 +455,7 @@ class QA:
     def right(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Those whose answer is an exact match, as in the paper, with their task ids.
 
-        If the files do not have the question, the trajectory's own reward decides.
+        If the files do not have the question, the trajectory's reward decides.
         """
         task_ids = {question.text: task_id for task_id, question in self.questions.items()}
         kept = []
@@ -528,24 +533,15 @@ def find_files(name: str, folder: str, train_from_dev: int) -> dict[str, str]:
 
 
 def read_rows(path: str) -> dict[str, tuple[dict, str]]:
-    """{id: (row, its place for error messages)}"""
-    text = read_contents(path, "a file of questions")
-    if path.endswith(".jsonl"):
-        places = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                places.append((f"line {number}", parse_json(line, f"{path}, line {number}")))
-    else:
-        content = parse_json(text, path)
-        need(isinstance(content, list), path, "is not a JSON list of questions")
-        places = [(f"entry {number}", row) for number, row in enumerate(content)]
+    """{id: (row, the file and row for error messages)}"""
+    read = json_lines if path.endswith(".jsonl") else json_entries
     rows, first = {}, {}
-    for place, row in places:
-        where = f"{path}, {place}"
+    for row_name, row in read(read_contents(path, "give the path of a file of questions"), path):
+        where = f"{path}, {row_name}"
         need(isinstance(row, dict), where, "is not a JSON object; expected one question")
         task_id = text_of(row, "_id" if "_id" in row else "id", where)
         problem = f"repeats the id {task_id!r} of {first.get(task_id)}; keep one"
         need(task_id not in rows, where, problem)
         rows[task_id] = (row, where)
-        first[task_id] = place
+        first[task_id] = row_name
     return rows

@@ -326,8 +326,8 @@ def read_eto_lists(data: str | None) -> dict[str, dict[str, list[int]]]:
     lists: dict[str, dict[str, list[int]]] = {"train": {}, "dev": {}, "test": {}}
     for part, variations in lists.items():
         path = f"{folder}/{part}_indices.json"
-        text = read_contents(path, "ETO's eval_agent/data/sciworld as data=FOLDER")
-        rows = parse_json(text, path)
+        remedy = "give the path of ETO's eval_agent/data/sciworld as data=FOLDER"
+        rows = parse_json(read_contents(path, remedy), path)
         need(isinstance(rows, list) and bool(rows), path, "is not a list of [task, variation]")
         for i, row in enumerate(rows):
             is_pair = isinstance(row, list) and list(map(type, row)) == [str, int] and row[1] >= 0

@@ -11,8 +11,8 @@ import random
 import re
 from dataclasses import dataclass, field, replace
 
-from benchmarks.files import benchmark_folder, load_json, need, stream_json
-from trajectory import InputError, Step, Trajectory, parse_action, render
+from benchmarks.files import benchmark_folder, load_json, need, shortest_play, stream_json
+from trajectory import InputError, Step, Trajectory, parse_action
 
 # Products, synthetic instructions, human instructions. If the full set is there, it is used.
 FULL_FILES = ["items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"]
@@ -130,7 +130,7 @@ def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) 
     texts = [bought.name.lower(), " ".join(bought.features).lower(), bought.description.lower()]
     hits = int(bought.price <= goal.price_upper)
     for wanted in goal.attributes:
-        listed = any(is_similar(own, wanted) for own in bought.attributes)
+        listed = any(is_similar(attribute, wanted) for attribute in bought.attributes)
         hits += listed or any(wanted in text for text in texts)
     for wish in map(colour_of, goal.options):
         hits += any(is_similar(colour_of(value), wish) for value in chosen.values())
@@ -153,11 +153,11 @@ def title_words(product: Product) -> set[str]:
     return set(re.findall("[a-z]{3,}", product.name.lower())) - TITLE_STOP_WORDS
 
 
-def is_similar(one: str, other: str) -> bool:
+def is_similar(text: str, other: str) -> bool:
     """WebShop's fuzzy match: thefuzz's token_set_ratio above 85, computed as thefuzz does."""
     from rapidfuzz import fuzz, utils
 
-    return round(fuzz.token_set_ratio(one, other, processor=utils.default_process)) > 85
+    return round(fuzz.token_set_ratio(text, other, processor=utils.default_process)) > 85
 
 
 def colour_of(option: str) -> str:
@@ -395,10 +395,7 @@ class WebShop:
 
     @functools.cached_property
     def example(self) -> str:
-        """The shortest text of the first train goals that the expert finishes."""
-        experts = [self.expert(task_id) for task_id in self.splits["train"][:20]]
-        texts = [render(expert) for expert in experts if expert and expert.reward == 1]
-        return min(texts, key=len, default="")
+        return shortest_play(self, 20)
 
     def max_steps(self, task_id: str) -> int:
         return 10

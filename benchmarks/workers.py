@@ -1,4 +1,4 @@
-"""Worker processes: a slow environment, or one that may crash, plays in processes of its own.
+"""Worker processes: a slow environment, or one that may crash, plays in other processes.
 
 Workers follows the protocol of all environments. A process that dies, hangs or answers nonsense is
 replaced, and its episodes are played again up to where they were. A process starts without the
@@ -35,24 +35,23 @@ class WorkerFailure(Exception):
 @functools.cache
 def load_class(source: str) -> type:
     """The class that "package.module:Class" or "path/to/file.py:Class" names."""
-    place, _, class_name = source.rpartition(":")
-    if place.endswith(".py"):
-        name = f"file_{Path(place).stem}"
-        spec = importlib.util.spec_from_file_location(name, place)
+    path, _, class_name = source.rpartition(":")
+    if path.endswith(".py"):
+        name = f"file_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         # Dataclasses and pickle look for it there.
         sys.modules[name] = module
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(place)
-    need(
-        hasattr(module, class_name), place, f"has no class {class_name!r}; name one that it defines"
-    )
+        module = importlib.import_module(path)
+    problem = f"has no class {class_name!r}; name one that it defines"
+    need(hasattr(module, class_name), path, problem)
     return getattr(module, class_name)
 
 
 def serve(pipe_number: int) -> None:
-    """The life of a process: it answers requests until the pipe closes, or an error ends it."""
+    """Runs in the process: answers requests until the pipe closes, or an error ends it."""
     # Ctrl-C is for the parent, whose end closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(pipe_number)
@@ -97,8 +96,8 @@ class Worker:
         self.source, self.options, self.timeout = source, options, timeout
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
-        # Processes that have ended.
-        self.lives = 0
+        # The number of processes that have ended.
+        self.generation = 0
         # Keys of running episodes, and of those to close with the next request.
         self.playing: set[int] = set()
         self.closed: list[int] = []
@@ -106,8 +105,8 @@ class Worker:
     def ask(self, call: str, key: int, argument: str) -> Any:
         """The answer to a request, from a new process if there is none.
 
-        WorkerFailure: there is no sound answer, and the process is ended. InputError: the
-        environment's own.
+        WorkerFailure: there is no sound answer, and the process is ended. InputError: from the
+        environment.
         """
         try:
             if self.process is None:
@@ -142,7 +141,7 @@ class Worker:
     def end(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            self.lives += 1
+            self.generation += 1
             self.pipe.close()
             process.kill()
             process.wait()
@@ -159,7 +158,7 @@ class WorkerEpisode:
         self.worker, self.key, self.task_id = worker, key, task_id
         # (call, argument, answer) of each request.
         self.history: list[tuple[str, str, Any]] = []
-        self.life = worker.lives
+        self.generation = worker.generation
         self.restarts = self.failures = 0
         self.reward = 0.0
         # The first observation, or the expert's trajectory.
@@ -170,7 +169,7 @@ class WorkerEpisode:
         while self.failures < MOST_FAILURES:
             try:
                 with self.worker.lock:
-                    if self.life != self.worker.lives:
+                    if self.generation != self.worker.generation:
                         self.replay()
                     answer = self.worker.ask(call, self.key, argument)
                 self.history.append((call, argument, answer))
@@ -184,7 +183,7 @@ class WorkerEpisode:
         return None
 
     def replay(self) -> None:
-        self.life = self.worker.lives
+        self.generation = self.worker.generation
         self.restarts += bool(self.history)
         for call, argument, answer in self.history:
             if self.worker.ask(call, self.key, argument) != answer:

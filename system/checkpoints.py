@@ -1,7 +1,7 @@
 """Checkpoints inside a phase: a stopped or killed run continues after its last saved update.
 
 checkpoints/<updates done> holds safetensors of each rank's part and a manifest with checksums. It
-is written under another name and moved into place; two are kept.
+is written under another name, then renamed; two are kept.
 """
 
 from __future__ import annotations
@@ -90,12 +90,10 @@ def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -
     for name in sorted(ranks.gather({"names": names})[0]["names"], reverse=True):
         folder = run.path(f"checkpoints/{name}")
         manifest = ranks.gather({"found": read_manifest(folder)})[0]["found"]
-        if manifest and manifest["phase"] != run.current:
-            # Left by a kill at the end of that phase.
-            if ranks.rank == 0:
-                shutil.rmtree(folder)
-            continue
-        if manifest and checksums(ranks, folder, list(manifest["files"])) == manifest["files"]:
+        # An earlier phase's was left by a kill at the end of that phase.
+        is_earlier = manifest is not None and manifest["phase"] != run.current
+        files = manifest["files"] if manifest and not is_earlier else None
+        if files and checksums(ranks, folder, list(files)) == files:
             tensors = learnt_tensors(policy, optimizer)
             with plain_errors():
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
@@ -104,10 +102,11 @@ def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -
             run.restore_log(manifest["log"])
             run.say(f"{run.current}: goes on after update {manifest['step']} of {most}")
             return manifest["step"]
-        run.say(
-            f"warning: checkpoint {folder} is torn or corrupt; "
-            "it is removed, the one before it is used"
-        )
+        if not is_earlier:
+            run.say(
+                f"warning: checkpoint {folder} is torn or corrupt; "
+                "it is removed, the one before it is used"
+            )
         if ranks.rank == 0:
             shutil.rmtree(folder)
     return 0
@@ -134,16 +133,15 @@ def learnt_tensors(policy: nn.Module, optimizer) -> dict[str, Tensor]:
 
 def checksums(ranks: Ranks, folder: Path, names: list[str]) -> dict[str, str]:
     """sha256 of each file that is there; the ranks share the reading."""
-    mine = {}
+    sums = {}
     for name in sorted(names)[ranks.rank :: ranks.world]:
         if (folder / name).is_file():
             with open(folder / name, "rb") as file:
-                mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-    found = {}
-    for part in ranks.gather(mine):
-        found |= part
-    return found
+    for part in ranks.gather(sums):
+        sums = sums | part
+    return sums
 
 
 def sha256(text: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.files import parse_json
 from envs import (
     load_trajectories,
     prompt_messages,
@@ -36,7 +36,7 @@ def product_files(config) -> list[Path]:
 
 
 def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
-    """The expert trajectories, from --expert or from the environment's own expert.
+    """The expert trajectories, from --expert or from the environment's expert.
 
     plays: the agent plays their tasks, so the environment must know them.
     """
@@ -112,7 +112,7 @@ def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
 
 
 def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
-    """Every conversation's opening; an expert file's own prompts stand, unless --prompt-file."""
+    """Every conversation's opening; an expert file's prompts stand, unless --prompt-file."""
     from_file = bool(config.expert and experts[0].prompt) and not config.prompt_file
     if config.prompt_file:
         prompt = read_prompt(config.prompt_file)
@@ -132,10 +132,7 @@ def read_prompt(path: str) -> list[dict]:
         raise InputError(f"{path}: empty; give the instruction, or a JSON list of chat messages")
     if not text.startswith("["):
         return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error})") from None
+    messages = parse_json(text, path)
     for number, message in enumerate(messages):
         is_message = isinstance(message, dict) and set(message) == {"role", "content"}
         if not is_message or not all(isinstance(value, str) for value in message.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -48,7 +49,7 @@ def parse(options: type, argv: list[str] | None, description: str, reads: dict[s
 
 
 def chosen_preset(given: dict, options: type) -> str:
-    """real or tiny: as given, otherwise by a field of ours in the model's config.json."""
+    """real or tiny: as given, otherwise by stepagent_preset in the model's config.json."""
     chosen = given.get("preset", options.preset)
     if chosen != "auto":
         return chosen
@@ -64,17 +65,13 @@ def chosen_preset(given: dict, options: type) -> str:
         raise InputError(f"{config}: not a JSON object; download the model again") from None
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=100)
-
-
 def make_parser(options: type, description: str, reads: dict) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=description,
         allow_abbrev=False,
-        formatter_class=HelpFormatter,
+        formatter_class=functools.partial(raw, max_help_position=28, width=100),
     )
     kinds = typing.get_type_hints(options)
     fields = {field.name: field for field in dataclasses.fields(options)}

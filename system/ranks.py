@@ -26,7 +26,7 @@ MESSAGE = 2**25
 
 
 class Ranks:
-    """This process's device and its place among the ranks.
+    """This process's device, its number and the number of ranks.
 
     If a rank dies, torchrun ends the job. If it lives but hangs, the job ends after two hours, the
     timeout of a collective: a rank with less to play waits in one for the others.
@@ -119,11 +119,11 @@ class Ranks:
         """
         size = attrgetter("tokens")
         passes = [grouped(share, size, micro_tokens) for share in self.shares(batch, size)]
-        mine = [(items, 1.0) for items in passes[self.rank]]
+        weighted = [(items, 1.0) for items in passes[self.rank]]
         if isinstance(policy, FSDPModule):
             most = max(len(of_rank) for of_rank in passes)
-            mine += [([min(batch, key=size)], 0.0)] * (most - len(mine))
-        return mine
+            weighted += [([min(batch, key=size)], 0.0)] * (most - len(weighted))
+        return weighted
 
     def autocast(self, dtype: str) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -133,7 +133,7 @@ class Ranks:
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        # A container has a limit of its own.
+        # A container's limit may be lower.
         limit = Path("/sys/fs/cgroup/memory.max")
         if limit.exists() and limit.read_text().strip() != "max":
             machine = min(machine, int(limit.read_text()))

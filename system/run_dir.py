@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Options that another start of the same run may change.
 FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
 # What a run writes, beside its lock: what it continues from first, its log last.
-OWN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts*.jsonl")
-OWN_FILES += ("eval", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
+RUN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts*.jsonl")
+RUN_FILES += ("eval", "agreement", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
 REMEDY = "give another --out, or --restart to begin again"
 
 
@@ -64,7 +64,7 @@ class RunDir:
 
         Results always come back from disk, so a resumed run continues from the same bits. Nothing
         else is to restore: random numbers are seeded by what they are drawn for, and every phase
-        makes its own optimizer.
+        makes a new optimizer.
         """
         if not self.has_done(name):
             self.current = name
@@ -140,15 +140,15 @@ class RunDir:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = self._owner().strip()
+            holder = self._holder().strip()
             raise InputError(
-                f"{self.out} is in use by process {owner}; wait for it, or give another --out"
+                f"{self.out} is in use by process {holder}; wait for it, or give another --out"
             ) from None
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
         self.lock.flush()
 
-    def _owner(self) -> str:
+    def _holder(self) -> str:
         """What the lock file says. If rank 0 closed any other handle on it, the lock would drop."""
         if self.ranks.rank == 0:
             self.lock.seek(0)
@@ -161,14 +161,13 @@ class RunDir:
 
         Other machines may see rank 0's files late, so what rank 0 finds counts.
         """
-        owner = self.ranks.gather({"owner": self._owner()})[0]["owner"]
-        if self._owner() != owner:
+        rank_0 = self.ranks.gather({"holder": self._holder(), "found": self._find()})[0]
+        if self._holder() != rank_0["holder"]:
             raise InputError(
                 f"{self.out} is not the same folder on all machines; "
                 "give an --out on a file system that they share"
             )
-        found = self.ranks.gather({"found": self._find()})[0]["found"]
-        if found:
+        if found := rank_0["found"]:
             self.state = found["state"]
             self._compare(made_by, found["made_by"])
         elif self.ranks.rank == 0:
@@ -221,7 +220,7 @@ class RunDir:
         """Removes what another run or a start that failed early has left; writes config.json."""
         if self.config.restart:
             self.say(f"{self.out} begins again; to continue it later, leave --restart out")
-        for pattern in OWN_FILES if self._is_run() else ():
+        for pattern in RUN_FILES if self._is_run() else ():
             for path in self.out.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         ask = "git rev-parse --verify --quiet HEAD"

@@ -202,8 +202,8 @@ def gathered(ranks: Ranks, policy: nn.Module):
     forget_passes(policy)
 
 
-def any_working(ranks: Ranks, mine: bool) -> bool:
-    return any(part["working"] for part in ranks.gather({"working": mine}))
+def any_working(ranks: Ranks, working: bool) -> bool:
+    return any(part["working"] for part in ranks.gather({"working": working}))
 
 
 def forget_passes(policy: nn.Module) -> None:

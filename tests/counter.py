@@ -48,12 +48,12 @@ class Counter:
     def start(self, task_id):
         if task_id == "unknown":
             raise InputError("there is no task 'unknown'")
-        if task_id == "stillborn":
+        if task_id == "dies at start":
             os._exit(1)
         return Episode(self, task_id), f"{task_id}: 0"
 
     def expert(self, task_id):
-        if task_id == "stillborn":
+        if task_id == "dies at start":
             os._exit(1)
         if task_id == "shown to nobody":
             return None

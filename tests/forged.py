@@ -1,4 +1,4 @@
-"""What tests put in the place of the agent's own episodes, and PPO's loss worked out by hand."""
+"""What tests use instead of the agent's episodes, and PPO's loss worked out by hand."""
 
 import math
 from collections.abc import Callable

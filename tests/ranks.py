@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def two_layers(folder: Path) -> None:
         stepagent_preset="tiny",
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+class Killed(Exception):
+    """A test ended a run at this point."""
+
+
+def until(what: Callable, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
 
 
 # ------------------------------------------------------------------------------- runs side by side

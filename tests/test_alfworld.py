@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from official import NEEDS_PACKAGES, real_files
 
 from benchmarks import alfworld
 from benchmarks.alfworld import TASK_TYPES, ALFWorld, RuleExpert, action_forms, entity_names
@@ -439,12 +440,9 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def real():
-    pytest.importorskip("textworld", reason="pip install -r requirements-envs.txt")
-    pytest.importorskip("fast_downward", reason="pip install -r requirements-envs.txt")
-    data = Path(os.environ.get("STEPAGENT_DATA", "")) / "alfworld"
-    if not (os.environ.get("STEPAGENT_DATA") and data.is_dir()):
-        pytest.skip("STEPAGENT_DATA names no folder with alfworld/json_2.1.1")
-    return make_env("alfworld", workers=0, data=str(data))
+    pytest.importorskip("textworld", reason=NEEDS_PACKAGES)
+    pytest.importorskip("fast_downward", reason=NEEDS_PACKAGES)
+    return make_env("alfworld", workers=0, data=str(real_files("alfworld")))
 
 
 def test_the_expert_solves_real_games_of_every_type(real):

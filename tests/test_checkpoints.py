@@ -3,13 +3,13 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import (
     QUIET,
+    Killed,
     assert_alike,
     commands,
     distance,
@@ -18,11 +18,12 @@ from ranks import (
     metrics,
     run,
     start,
-    two_layers,
+    until,
     weights,
     words_of,
 )
 
+from stepagent import Config
 from system import checkpoints
 from system.checkpoints import updates
 from system.program import program
@@ -30,27 +31,13 @@ from system.ranks import Ranks
 from system.run_dir import RunDir
 from trajectory import InputError
 
-
-class Killed(Exception):
-    pass
-
-
-@dataclass
-class Options:
-    out: str
-    seed: int = 0
-    save_minutes: float = 0.0
-    shard: str = "auto"
-    restart: bool = False
-
-
 UPDATES = 6
 
 
 def learn(out: Path, seconds: float = 0.0, **options) -> torch.nn.Module:
     """A run of one phase: six updates of a small matrix, a checkpoint after each."""
     ranks = Ranks()
-    here = RunDir(Options(str(out), **options), ranks, [])
+    here = RunDir(Config(out=str(out), **{"save_minutes": 0.0, **options}), ranks, [])
     torch.manual_seed(0)
     policy = torch.nn.Linear(3, 2)
 
@@ -183,13 +170,6 @@ def test_two_checkpoints_are_kept_and_a_cut_off_one_is_removed(tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------- signals
 
 
-def until(what, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def learn_slowly(out: str) -> None:
     program(lambda: learn(Path(out), seconds=0.5, save_minutes=15.0))
 
@@ -210,6 +190,29 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path, number, code, world):
     assert said.count("stopped; what was finished is kept") == world and "Traceback" not in said
     assert list((out / "checkpoints").glob("0000000?"))
     assert same(learn(tmp_path / "whole"), learn(out))
+
+
+def learn_for_a_minute(out: str) -> None:
+    """Ten seconds an update: it would save and leave only at the end of one."""
+    program(lambda: learn(Path(out), seconds=10, save_minutes=15.0))
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
+    """Not one within a second: torchrun passes a signal on, so each process gets it twice."""
+    out = tmp_path / "x"
+    [process] = start(1, tmp_path / "log", learn_for_a_minute, str(out))
+    until(lambda: (out / "metrics.jsonl").exists() and metrics(out))
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    assert process.is_alive()
+    time.sleep(1)
+    sent = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process]) == [130] and time.monotonic() - sent < 4
+    said = (tmp_path / "log").read_text()
+    assert said.count("stopped; what was finished is kept") == 1 and "Traceback" not in said
+    assert not (out / "checkpoints").exists()
 
 
 def learn_and_stop(out: str) -> None:
@@ -234,13 +237,6 @@ def test_a_checkpoint_of_some_ranks_is_continued_by_one(tmp_path, first):
 
 
 # ------------------------------------------------------------------------- whole runs of a policy
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -50,9 +50,9 @@ def test_a_benchmark_is_imported_only_when_it_is_asked_for():
     code = (
         "import sys, envs\n"
         "def known():\n"
-        "    rooms = [n for n in sys.modules if n.startswith('benchmarks.')]\n"
+        "    loaded = [n for n in sys.modules if n.startswith('benchmarks.')]\n"
         "    heavy = [n for n in ('torch', 'transformers', 'numpy') if n in sys.modules]\n"
-        "    print(*sorted(rooms), *heavy)\n"
+        "    print(*sorted(loaded), *heavy)\n"
         "known()\n"
         "envs.make_env('household')\n"
         "known()\n"
@@ -254,7 +254,6 @@ def test_prompts_show_the_instruction_and_one_solved_example(env):
     assert env.instruction in user["content"] and env.example in user["content"]
     assert answer == {"role": "assistant", "content": "OK"}
     assert env.example.count("Action:") >= 2
-    assert env.example not in prompt_messages(env, example=False)[0]["content"]
 
 
 def test_the_prompt_announces_an_example_only_where_there_is_one():
@@ -375,7 +374,7 @@ def test_of_a_repeated_conversation_the_first_is_kept_and_the_other_named(tmp_pa
 
 
 def test_save_and_load_round_trip(tmp_path):
-    path = str(tmp_path / "own.jsonl")
+    path = str(tmp_path / "saved.jsonl")
     steps = [
         Step('é\u2028"\n', "Thought: ünï\r\nAction: x", [1, 2]),
         Step("", "Action: y"),
@@ -387,7 +386,7 @@ def test_save_and_load_round_trip(tmp_path):
     before = copy.deepcopy(trajectories)
     save_trajectories(path, trajectories)
     loaded = load_trajectories(path)
-    assert trajectories == before and os.listdir(tmp_path) == ["own.jsonl"]
+    assert trajectories == before and os.listdir(tmp_path) == ["saved.jsonl"]
     # Token ids and figures are not kept.
     for trajectory in before:
         trajectory.info = {}

@@ -24,7 +24,7 @@ def run_dir(out: Path, **options) -> RunDir:
 
 @pytest.fixture
 def world():
-    """A household of its own, whose parts a test may replace."""
+    """A new household, whose parts a test may replace."""
     return envs.make_env("household")
 
 
@@ -47,7 +47,7 @@ def saved(path: Path, trajectories: list[Trajectory]) -> str:
 
 
 def test_the_first_trajectories_of_a_file_are_taken(tmp_path, world, plays):
-    path = saved(tmp_path / "own.jsonl", plays)
+    path = saved(tmp_path / "given.jsonl", plays)
     all_of_it = load_experts(run_dir(tmp_path / "x", expert=path), world, False)
     assert all_of_it == plays
     two = load_experts(run_dir(tmp_path / "y", expert=path, experts=2), world, False)
@@ -55,19 +55,21 @@ def test_the_first_trajectories_of_a_file_are_taken(tmp_path, world, plays):
 
 
 def test_a_file_is_sifted_by_the_worlds_own_measure(tmp_path, world, plays, capsys):
-    path = saved(tmp_path / "own.jsonl", plays)
+    path = saved(tmp_path / "given.jsonl", plays)
     world.right = lambda experts: [one for one in experts if one.task_id != "train-1"]
     experts = load_experts(run_dir(tmp_path / "x", expert=path, experts=3), world, False)
     assert names(experts) == ["train-0", "train-2", "train-3"]
     assert "1 of 6 plays whose answer is no exact match are left out" in capsys.readouterr().out
     world.right = lambda experts: []
-    with pytest.raises(InputError, match="own.jsonl: none of its 6 answers is right; give a file"):
+    with pytest.raises(
+        InputError, match="given.jsonl: none of its 6 answers is right; give a file"
+    ):
         load_experts(run_dir(tmp_path / "y", expert=path), world, False)
 
 
 def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, world, plays):
     strange = Trajectory("a task of ETO's", [], plays[0].steps, 1.0)
-    path = saved(tmp_path / "own.jsonl", [*plays, strange])
+    path = saved(tmp_path / "given.jsonl", [*plays, strange])
     says = "\"a task of ETO's\" is no task of household, but dpo plays .* such as 'train-0'"
     with pytest.raises(InputError, match=says):
         load_experts(run_dir(tmp_path / "x", expert=path, method="dpo"), world, True)
@@ -78,11 +80,11 @@ def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, w
 
 
 def test_a_malformed_file_ends_the_program_with_one_line(tmp_path):
-    (tmp_path / "own.jsonl").write_text('{"task_id": "x"\n')
-    words = ["--expert", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "run")]
+    (tmp_path / "given.jsonl").write_text('{"task_id": "x"\n')
+    words = ["--expert", str(tmp_path / "given.jsonl"), "--out", str(tmp_path / "run")]
     assert finish(start(1, tmp_path / "log", commands, [({}, words)])) == [1]
     [line] = (tmp_path / "log").read_text().splitlines()
-    assert line.startswith(f"error: {tmp_path}/own.jsonl, line 1: broken JSON")
+    assert line.startswith(f"error: {tmp_path}/given.jsonl, line 1: broken JSON")
 
 
 def test_a_mistake_does_not_occupy_the_run_directory(tmp_path, plays):
@@ -93,7 +95,7 @@ def test_a_mistake_does_not_occupy_the_run_directory(tmp_path, plays):
     run(tmp_path / "x", *words, saved(tmp_path / "right.jsonl", plays))
 
 
-# ------------------------------------------------------------------------- the world's own expert
+# ------------------------------------------------------------------------- the environment's expert
 
 
 def test_the_expert_shows_train_tasks_from_everywhere_once(tmp_path, world):
@@ -173,14 +175,14 @@ def test_the_prompt_is_the_worlds_or_none(world):
 def test_an_expert_files_prompt_stands(world):
     experts = shown(OPENING)
     for choice in ("full", "none"):
-        assert give_prompt(Config(prompt=choice, expert="own.jsonl"), world, experts) == OPENING
+        assert give_prompt(Config(prompt=choice, expert="given.jsonl"), world, experts) == OPENING
     assert [one.prompt for one in experts] == [OPENING] * 2
     # A file without prompts gets the world's.
-    bare = give_prompt(Config(prompt="full", expert="own.jsonl"), world, shown([]))
+    bare = give_prompt(Config(prompt="full", expert="given.jsonl"), world, shown([]))
     assert bare == envs.prompt_messages(world)
 
 
-@pytest.mark.parametrize("expert", ["", "own.jsonl"])
+@pytest.mark.parametrize("expert", ["", "given.jsonl"])
 def test_a_prompt_file_counts_more_than_any_other_prompt(tmp_path, world, expert):
     (tmp_path / "prompt").write_text("Be brief.")
     config = Config(prompt="full", expert=expert, prompt_file=str(tmp_path / "prompt"))

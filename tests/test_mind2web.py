@@ -9,83 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from official import PAGE, action, candidate, task, write_mind2web
 
 from benchmarks.mind2web import PageElements, describe, operation_f1, web_action
 from envs import make_env, prompt_messages
 from trajectory import InputError
 
-PAGE = """<html backend_node_id="1"><body backend_node_id="2"><div backend_node_id="3">
- <button backend_node_id="10" type="button">
-  <svg backend_node_id="11"/><text backend_node_id="12">Book a  table</text></button>
- <input backend_node_id="20" type="text" placeholder="City &amp; state" input_value="Paris"/>
- <select backend_node_id="30" name="party">
-  <option backend_node_id="31" value="1">1 guest</option><option backend_node_id="32">2 guests
-  </option></select>
- <a backend_node_id="40" aria_label="Open the menu"><img backend_node_id="41" alt="Menu"></a>
-</div></body></html>"""
-TAGS = {"10": "button", "20": "input", "30": "select", "40": "a", "12": "text"}
-
-
-def candidate(node: str, **extra) -> dict:
-    attributes = json.dumps({"backend_node_id": node})
-    tag = TAGS.get(node, "div")
-    return {"tag": tag, "attributes": attributes, "backend_node_id": node, **extra}
-
-
-def action(uid: str, operation: str, right: list, value: str = "") -> dict:
-    """The last of the right nodes is the annotator's."""
-    positive = []
-    for node in right:
-        is_target = node == right[-1]
-        positive.append(candidate(node, is_original_target=is_target, is_top_level_target=True))
-    return {
-        "action_uid": uid,
-        "raw_html": "<html>" + "x" * 500,
-        "cleaned_html": PAGE,
-        "operation": {"original_op": operation, "value": value, "op": operation},
-        "pos_candidates": positive,
-        "neg_candidates": [candidate(node) for node in TAGS if node not in right],
-    }
-
-
-def task(name: str, actions: list | None = None, **changes) -> dict:
-    actions = actions or [
-        action("a", "CLICK", ["12", "10"]),
-        action("b", "TYPE", ["20"], "New York"),
-        action("c", "SELECT", ["30"], "2 guests"),
-        action("d", "CLICK", ["40"]),
-    ]
-    return {
-        "website": "tables",
-        "domain": "Travel",
-        "subdomain": "Restaurant",
-        "annotation_id": name,
-        "confirmed_task": "Book a table for 2 guests in New York",
-        "action_reprs": [f"[x]  thing -> {recorded['action_uid']}" for recorded in actions],
-        "actions": actions,
-        **changes,
-    }
-
-
-def write(folder: Path, train=None, test=None, ranks=None, **more) -> str:
-    files = {
-        "train/train_0.json": train or [task("t0"), task("t1", domain="Café")],
-        "train/train_1.json": [task("t2"), task("t3")],
-        "test_domain/test_domain_0.json": test or [task("d0")],
-        **more,
-    }
-    for name, tasks in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
-    if ranks is not None:
-        if not isinstance(ranks, bytes):
-            ranks = pickle.dumps({"scores": {}, "ranks": ranks})
-        (folder / "scores_all_data.pkl").write_bytes(ranks)
-    return str(folder)
-
 
 def open_world(folder: Path, dev: int = 0, candidates: int = 20, **files):
-    data = write(folder, **files)
+    data = write_mind2web(folder, **files)
     return make_env("mind2web", data=data, dev=dev, candidates=candidates)
 
 
@@ -448,7 +380,7 @@ def one_action(uid: str = "a", operation: str = "CLICK", **changes) -> list:
     ],
 )
 def test_broken_files_are_refused_in_one_line(tmp_path, train, words):
-    folder = write(tmp_path)
+    folder = write_mind2web(tmp_path)
     text = train if isinstance(train, str) else json.dumps(train)
     (tmp_path / "train" / "train_0.json").write_text(text)
     with pytest.raises(InputError) as error:
@@ -464,7 +396,7 @@ def test_absent_files_unknown_tasks_and_bad_options(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=source):
         make_env("mind2web")
     (tmp_path / "mind2web").mkdir()
-    write(tmp_path / "mind2web")
+    write_mind2web(tmp_path / "mind2web")
     with pytest.raises(InputError, match="no task 'x'"):
         make_env("mind2web", dev=0).start("x")
     for options in ({"candidates": 0}, {"dev": -1}, {"dev": "x"}, {"dev": 4}):

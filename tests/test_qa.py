@@ -5,118 +5,18 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from official import QA_FILES, hotpot_row, real_files, write_questions
 
 from benchmarks.qa import BENCHMARKS, QA, Question, Titles, answer_f1, normalize_answer, parse_call
 from envs import load_trajectories, make_env, prompt_messages
 from trajectory import InputError, Step, Trajectory, parse_action, render
 
-FILES = {
-    "hotpotqa": ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"),
-    "2wikimultihopqa": ("train.json", "dev.json"),
-    "musique": ("musique_ans_v1.0_train.jsonl", "musique_ans_v1.0_dev.jsonl"),
-}
-NAMES = list(FILES)
+NAMES = list(QA_FILES)
 NO_QUESTION = Question("", [""], "", {}, [])
 
 
-def hotpot_row(i: int) -> dict:
-    """Odd rows compare a town with a beach, even ones go from a town to its river."""
-    town, river, beach = f"Aville {i}", f"Brook {i} (river)", f"Rock &amp; Sand {i}"
-    row = {
-        "_id": f"h{i}",
-        "context": [
-            [town, [f"{town} is a town.", f" It lies on the {river}."]],
-            [river, [f"Brook {i} is a river.", f" It is {i} miles long."]],
-            [beach, ["A beach."]],
-            ["Shared", [f"Told by {i}."]],
-        ],
-        "question": f"How long is the river of {town}?",
-        "answer": f"{i} miles",
-        "type": "bridge",
-        "level": "easy",
-        "supporting_facts": [[river, 1], [town, 1]],
-    }
-    if i % 2:
-        row |= {"question": f"Are {town} and Rock & Sand {i} both towns?", "answer": "no"}
-        row |= {"type": "comparison", "level": "hard"}
-        row["supporting_facts"] = [[town, 0], [beach, 0]]
-    return row
-
-
-def wiki_row(i: int) -> dict:
-    """Odd rows go from a film to its director's birth, even ones compare two films so."""
-    triples = [
-        [f"Film {i}a", "director", f"Ann a{i}"],
-        [f"Film {i}b", "director", f"Ann b{i}"],
-        [f"Ann a{i}", "date of birth", "1 May 1950"],
-        [f"Ann b{i}", "date of birth", "2 May 1950"],
-    ]
-    context = []
-    for subject, relation, thing in triples:
-        context.append([subject, [f"{subject} is here.", f"Its {relation} is {thing}."]])
-    chosen = [triples[0], triples[2]] if i % 2 else triples
-    return {
-        "_id": f"w{i}",
-        "type": "compositional" if i % 2 else "bridge_comparison",
-        "question": f"Of Film {i}a and Film {i}b ..?",
-        "context": context,
-        "entity_ids": "Q1",
-        "supporting_facts": [[subject, 1] for subject, _, _ in chosen],
-        "evidences": chosen,
-        "answer": "1 May 1950" if i % 2 else f"Film {i}b",
-    }
-
-
-def musique_row(i: int) -> dict:
-    texts = [
-        ("Capital", f"First of {i}."),
-        (f"Land {i}", f"The capital of Land {i} is Town {i}."),
-        ("Capital", f"Town {i} has the mayor Zoë {i}."),
-    ]
-    paragraphs = []
-    for number, (title, text) in enumerate(texts):
-        marks = {"idx": number, "is_supporting": number > 0}
-        paragraphs.append({"title": title, "paragraph_text": text, **marks})
-    parts = [
-        {"id": 1, "question": f"Land {i} >> capital", "answer": f"Town {i}"},
-        {"id": 2, "question": "who is mayor of #1", "answer": f"Zoë {i}"},
-    ]
-    return {
-        "id": f"2hop__{i}_{i}",
-        "paragraphs": paragraphs,
-        "question": f"Who is the mayor of the capital of Land {i}?",
-        "question_decomposition": [{**part, "paragraph_support_idx": part["id"]} for part in parts],
-        "answer": f"Zoë {i}",
-        "answer_aliases": [f"Mayor {i}", f"Z. {i}"],
-        "answerable": True,
-    }
-
-
-MAKE_ROW = {"hotpotqa": hotpot_row, "2wikimultihopqa": wiki_row, "musique": musique_row}
-
-
-def same(rows):
-    return rows
-
-
-def write(folder, name, train=range(10), change=same, official=True) -> str:
-    """Both files. change(rows) makes the dev file's content from its rows."""
-    train_file, dev_file = FILES[name]
-    contents = {dev_file: change([MAKE_ROW[name](i) for i in range(10, 17)])}
-    if train is not None:
-        contents[train_file] = [MAKE_ROW[name](i) for i in train]
-    for file, content in contents.items():
-        if not isinstance(content, str) and file.endswith(".jsonl"):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        elif not isinstance(content, str):
-            content = json.dumps(content)
-        path = folder / (file if official else file.replace(".json", "_sample.json"))
-        path.write_text(content)
-    return str(folder)
-
-
 def open_world(folder, name, **options):
-    return make_env(name, data=write(folder, name, **options))
+    return make_env(name, data=write_questions(folder, name, **options))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -161,15 +61,15 @@ def test_full_files_give_5000_500_and_500(tmp_path, monkeypatch):
 def test_samples_are_found_by_pattern_and_folders_by_variable(tmp_path, monkeypatch):
     folder = tmp_path / "hotpotqa"
     folder.mkdir()
-    write(folder, "hotpotqa", official=False)
-    assert FILES["hotpotqa"][0] not in os.listdir(folder)
+    write_questions(folder, "hotpotqa", official=False)
+    assert QA_FILES["hotpotqa"][0] not in os.listdir(folder)
     monkeypatch.setenv("STEPAGENT_DATA", str(tmp_path))
     assert len(make_env("hotpotqa").splits["train"]) == 10
     (folder / "hotpot_train_2.json").write_text("[]")
     with pytest.raises(InputError, match="2 files like hotpot_train"):
         make_env("hotpotqa")
     # The official name wins over others.
-    write(folder, "hotpotqa", train=range(5))
+    write_questions(folder, "hotpotqa", train=range(5))
     assert len(make_env("hotpotqa").splits["train"]) == 5
 
 
@@ -180,13 +80,13 @@ def test_absent_files_are_named_with_their_source(name, tmp_path, monkeypatch):
         with pytest.raises(InputError) as error:
             make_env(name, **options)
         message = str(error.value)
-        for words in (*FILES[name], BENCHMARKS[name].source):
+        for words in (*QA_FILES[name], BENCHMARKS[name].source):
             assert words in message
         assert "\n" not in message
 
 
 def test_a_dev_file_alone_gives_train_only_on_request(tmp_path):
-    data = write(tmp_path, "musique", train=None)
+    data = write_questions(tmp_path, "musique", train=None)
     with pytest.raises(InputError, match="train_from_dev=N"):
         make_env("musique", data=data)
     env = make_env("musique", data=data, train_from_dev=3)
@@ -196,7 +96,7 @@ def test_a_dev_file_alone_gives_train_only_on_request(tmp_path):
         with pytest.raises(InputError, match=says):
             make_env("musique", data=data, train_from_dev=wrong)
     with pytest.raises(InputError, match="for want of"):
-        make_env("musique", data=write(tmp_path, "musique"), train_from_dev=3)
+        make_env("musique", data=write_questions(tmp_path, "musique"), train_from_dev=3)
 
 
 def edit(*path_and_value):
@@ -204,13 +104,13 @@ def edit(*path_and_value):
     *path, last, value = path_and_value
 
     def change(rows):
-        place = rows[1]
+        part = rows[1]
         for key in path:
-            place = place[key]
+            part = part[key]
         if value is ...:
-            del place[last]
+            del part[last]
         else:
-            place[last] = value
+            part[last] = value
         return rows
 
     return change
@@ -279,7 +179,7 @@ def test_a_malformed_file_names_itself_and_the_entry(name, change, says, tmp_pat
     with pytest.raises(InputError, match=says) as error:
         open_world(tmp_path, name, change=change)
     assert "\n" not in str(error.value)
-    assert says == "too few" or str(tmp_path / FILES[name][1]) in str(error.value)
+    assert says == "too few" or str(tmp_path / QA_FILES[name][1]) in str(error.value)
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -716,19 +616,13 @@ def test_malformed_fireact_rows_are_named(question, output, problem, tmp_path):
 
 # ---------------------------------------------------------------------------- the real files
 
-REAL = os.environ.get("STEPAGENT_DATA")
-real = pytest.mark.skipif(not REAL, reason="STEPAGENT_DATA names no folder of real data")
 
-
-@real
 @pytest.mark.parametrize(
     "name, options",
     [("hotpotqa", {}), ("2wikimultihopqa", {}), ("musique", {"train_from_dev": 60})],
 )
 def test_the_expert_answers_every_real_question(name, options):
-    if not os.path.isdir(os.path.join(REAL, name)):
-        pytest.skip(f"{REAL} has no {name}")
-    env = make_env(name, **options)
+    env = make_env(name, data=str(real_files(name)), **options)
     assert len(all_tasks(env)) > 100
     for task in all_tasks(env):
         shown = env.expert(task)
@@ -736,14 +630,10 @@ def test_the_expert_answers_every_real_question(name, options):
         assert len(shown.steps) <= 12
 
 
-@real
 def test_fireact_s_real_file_loads_and_its_answers_are_right():
-    path = os.path.join(REAL, "hotpotqa", "fireact_react_trajectories_500.json")
-    if not os.path.exists(path):
-        pytest.skip(f"{path} is not there")
-    plays = load_trajectories(path)
-    with open(path) as file:
-        rows = json.load(file)
+    path = real_files("hotpotqa") / "fireact_react_trajectories_500.json"
+    plays = load_trajectories(str(path))
+    rows = json.loads(path.read_text())
     assert [len(play.steps) for play in plays] == [row["output"].count("Action: ") for row in rows]
     env = make_env("hotpotqa")
     tasks = {question.text: task for task, question in env.questions.items()}

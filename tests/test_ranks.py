@@ -16,7 +16,6 @@ from ranks import (
     finish,
     run,
     start,
-    two_layers,
     weights,
     words_of,
 )
@@ -70,13 +69,6 @@ def test_one_process_needs_no_torchrun():
 
 
 # ------------------------------------------------------------------------------- the same update
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from ranks import (
     QUIET,
     WORLD,
+    Killed,
     commands,
     equal,
     finish,
@@ -22,32 +21,21 @@ from ranks import (
     run,
     same_bits,
     start,
-    two_layers,
+    until,
     weights,
     words_of,
 )
 
 import envs
+from stepagent import Config
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from trajectory import InputError
 
 
-@dataclass
-class Options:
-    out: str
-    seed: int = 0
-    method: str = "sft"
-    env: str = "household"
-    model: str = "tiny"
-    save_minutes: float = 15.0
-    shard: str = "auto"
-    restart: bool = False
-
-
 def open_dir(out: Path, code: list[Path] = (), **options) -> RunDir:
-    """As a start in a process of its own: this process's own locks do not stop it."""
-    return RunDir(Options(str(out), **options), Ranks(), list(code))
+    """As another process would: a process's locks do not stop itself."""
+    return RunDir(Config(out=str(out), method="sft", **options), Ranks(), list(code))
 
 
 def nothing() -> None:
@@ -100,6 +88,25 @@ def test_two_iterations_keep_their_policy(tmp_path):
         here.phase(f"reflect_{i}", here.path(f"iter_{i}/policy").mkdir, 0o777, True)
     kept = sorted(path.parent.name for path in (tmp_path / "x").glob("iter_*/policy"))
     assert kept == ["iter_10", "iter_9"] and (tmp_path / "x" / "iter_1").exists()
+
+
+def test_checkpoints_of_a_finished_phase_are_removed_and_those_of_a_failed_one_kept(tmp_path):
+    here = open_dir(tmp_path / "x")
+
+    def save():
+        (tmp_path / "x" / "checkpoints" / "00000001").mkdir(parents=True)
+
+    def save_and_fail():
+        save()
+        raise OSError
+
+    here.phase("first", save)
+    assert not (tmp_path / "x" / "checkpoints").exists()
+    with pytest.raises(OSError):
+        here.phase("second", save_and_fail)
+    assert (tmp_path / "x" / "checkpoints" / "00000001").exists()
+    here.phase("second", nothing)
+    assert not (tmp_path / "x" / "checkpoints").exists()
 
 
 def test_the_report_has_every_evaluation_and_inspection(tmp_path):
@@ -162,7 +169,7 @@ def test_other_code_is_refused_and_named_with_the_remedy(tmp_path):
     remedy = r"\); give another --out, or --restart to begin again"
     for files, named in (
         ({"losses": "2", "envs": "1", "rollout": "1"}, "[^ ]*losses.py"),
-        ({"losses": "1", "envs": "1", "rollout": "1", "mine": "1"}, "[^ ]*mine.py"),
+        ({"losses": "1", "envs": "1", "rollout": "1", "added": "1"}, "[^ ]*added.py"),
         ({"losses": "1", "envs": "1"}, "[^ ]*rollout.py"),
         ({"a": "", "b": ""}, r"[^ ]*a.py, [^ ]*b.py, [^ ]*envs.py and 2 more"),
     ):
@@ -177,10 +184,9 @@ def test_restart_removes_what_runs_write_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "x"
     here = begun(out, source(tmp_path / "src", losses="1"))
     here.log("sft", 0, 0)
-    own = (
-        "experts.jsonl report.md failed_batch.json base/w sft/w policy/w eval/w iter_1/w iter_12/w"
-    )
-    for name in [*own.split(), "checkpoints/00000001/w", "notes.txt", "plots/w", "iterations/w"]:
+    written = "experts.jsonl report.md failed_batch.json base/w sft/w policy/w eval/w iter_1/w"
+    written += " iter_12/w checkpoints/00000001/w"
+    for name in [*written.split(), "notes.txt", "plots/w", "iterations/w"]:
         (out / name).parent.mkdir(exist_ok=True, parents=True)
         (out / name).write_text("")
     here = open_dir(out, source(tmp_path / "src", losses="2"), seed=5, restart=True)
@@ -212,15 +218,8 @@ time.sleep(600)
 """
 
 
-def until(what, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def is_locked(path: Path) -> bool:
-    """Asked by another process, as a process's own lock does not stop it."""
+    """Asked by another process, as a process's lock does not stop itself."""
     code = "import fcntl, sys\nfcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     return subprocess.run([sys.executable, "-c", code, path], capture_output=True).returncode != 0
 
@@ -255,9 +254,9 @@ def test_a_log_alone_does_not_make_a_folder_a_run(tmp_path):
     """Somebody else's metrics.jsonl, and a policy that must stay."""
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "model.safetensors").write_text("mine")
+    (tmp_path / "policy" / "model.safetensors").write_text("kept")
     open_dir(tmp_path)
-    assert (tmp_path / "policy" / "model.safetensors").read_text() == "mine"
+    assert (tmp_path / "policy" / "model.safetensors").read_text() == "kept"
 
 
 def test_all_machines_must_see_the_directory(tmp_path):
@@ -270,24 +269,13 @@ def test_all_machines_must_see_the_directory(tmp_path):
             pass
 
         def gather(self, part):
-            return [{"owner": "17 on node-0\n"}, part]
+            return [{"holder": "17 on node-0\n", "found": None}, part]
 
     with pytest.raises(InputError, match="is not the same folder on all machines"):
-        RunDir(Options(str(tmp_path)), Elsewhere(), [])
+        RunDir(Config(out=str(tmp_path)), Elsewhere(), [])
 
 
 # ---------------------------------------------------------------------------- whole runs, disturbed
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 def again_and_again(out: Path, *words: str) -> Path:
@@ -379,20 +367,20 @@ def test_task_ids_name_no_files(tmp_path, model):
 # ------------------------------------------------------------------------ the program, as a process
 
 
-def nobody() -> None:
+def drop_root() -> None:
     if os.geteuid() == 0:
         os.setuid(65534)
 
 
 @pytest.mark.parametrize(
-    "place, says", [("no_permission/x", "Permission denied"), ("a_file/x", "Not a directory")]
+    "out, says", [("no_permission/x", "Permission denied"), ("a_file/x", "Not a directory")]
 )
-def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, place, says):
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, out, says):
     (tmp_path / "no_permission").mkdir(mode=0o555)
     (tmp_path / "a_file").write_text("")
     (tmp_path / "log").touch(0o666)
-    before = nobody if place.startswith("no_permission") else None
-    runs = [({}, ["--out", str(tmp_path / place)])]
+    before = drop_root if out.startswith("no_permission") else None
+    runs = [({}, ["--out", str(tmp_path / out)])]
     assert finish(start(1, tmp_path / "log", commands, runs, before)) == [1]
     [line] = (tmp_path / "log").read_text().splitlines()
     assert line.startswith("error: ") and says in line

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from official import NEEDS_PACKAGES, real_files
 
 from benchmarks.scienceworld import MAX_STEPS, ScienceWorld, read_eto_lists
 from envs import make_env
@@ -14,11 +15,7 @@ from trajectory import InputError
 
 simulator = pytest.mark.skipif(
     importlib.util.find_spec("scienceworld") is None or not shutil.which("java"),
-    reason="pip install -r requirements-envs.txt, and install Java",
-)
-needs_data = pytest.mark.skipif(
-    not (Path(os.environ.get("STEPAGENT_DATA", "-")) / "scienceworld").is_dir(),
-    reason="STEPAGENT_DATA names no folder with scienceworld/",
+    reason=f"{NEEDS_PACKAGES}, and install Java",
 )
 LISTS = {
     "train": [["task-1-boil", 3], ["task-10-use-thermometer", 4], ["task-1-boil", 1]],
@@ -82,9 +79,8 @@ def test_without_a_folder_the_lists_are_asked_for(monkeypatch):
         ScienceWorld(split="eto")
 
 
-@needs_data
 def test_the_real_lists_and_step_limits_are_eto_s(tmp_path):
-    folder = Path(os.environ["STEPAGENT_DATA"]) / "scienceworld"
+    folder = real_files("scienceworld")
     lists = read_eto_lists(str(folder))
     sizes = {part: sum(map(len, tasks.values())) for part, tasks in lists.items()}
     assert sizes == {"train": 1483, "dev": 194, "test": 211}

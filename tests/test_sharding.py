@@ -1,6 +1,5 @@
 """Sharded weights: when, where, and that they are those of the folder."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +15,13 @@ from ranks import (
     run,
     same_bits,
     start,
-    two_layers,
     weights,
     words_of,
 )
 
 import envs
 from rollout import score
+from stepagent import Config
 from system import sharding
 from system.model import add_lora, forget, outline, read_policy, read_tokenizer
 from system.ranks import Ranks
@@ -30,25 +29,12 @@ from system.sharding import Placement, fill, gathered, placement, room, shard, t
 from trajectory import Encoded, InputError, encode
 from tree import use_tree_attention
 
-
-@dataclass
-class Options:
-    model: str = "two-layers"
-    dtype: str = "float32"
-    shard: str = "auto"
-    lora_rank: int = 0
-    micro_tokens: int = 8192
-    checkpointing: bool = False
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
-
-
 # ------------------------------------------------------------------------------------- arithmetic
+
+
+def options(**more) -> Config:
+    usual = {"dtype": "float32", "micro_tokens": 8192, "checkpointing": False}
+    return Config(**(usual | more))
 
 
 class Machine(Ranks):
@@ -71,7 +57,7 @@ class Machine(Ranks):
 
 def test_sharding_is_chosen_by_arithmetic(model):
     policy = outline(model)
-    need = training_bytes(policy, Options())
+    need = training_bytes(policy, options())
     count = sum(weight.numel() for weight in policy.parameters())
     assert need["held"] == 16 * count and need["generate"] == 4 * count < need["update"]
     update = need["update"]
@@ -82,20 +68,20 @@ def test_sharding_is_chosen_by_arithmetic(model):
         (2, 1e12, "true", True),
         (1, update, "true", False),
     ):
-        placed = placement(Machine(world, memory), policy, Options(shard=option))
+        placed = placement(Machine(world, memory), policy, options(shard=option))
         assert placed.pieces == (2 if sharded else 1)
-    assert placement(Machine(2, 0.8 * update), policy, Options(lora_rank=3)).pieces == 1
+    assert placement(Machine(2, 0.8 * update), policy, options(lora_rank=3)).pieces == 1
 
 
 def test_pieces_lie_on_a_node_or_on_all_ranks_if_those_are_too_few(model):
     policy = outline(model)
     count = sum(weight.numel() for weight in policy.parameters())
     # 16 bytes a weight: halves of a node take 8, a 64th takes 1 / 4.
-    assert placement(Machine(64, 9 * count, split=2), policy, Options()).pieces == 2
-    assert placement(Machine(64, 5 * count, split=2), policy, Options()).pieces == 64
+    assert placement(Machine(64, 9 * count, split=2), policy, options()).pieces == 2
+    assert placement(Machine(64, 5 * count, split=2), policy, options()).pieces == 64
     # All weights, 4 bytes each, and a quarter of the memory for keys and values.
-    assert placement(Machine(64, 6 * count), policy, Options()).gathers_whole
-    assert not placement(Machine(64, 5 * count), policy, Options()).gathers_whole
+    assert placement(Machine(64, 6 * count), policy, options()).gathers_whole
+    assert not placement(Machine(64, 5 * count), policy, options()).gathers_whole
 
 
 def test_what_fits_nowhere_is_refused_with_the_remedy(model):
@@ -103,10 +89,10 @@ def test_what_fits_nowhere_is_refused_with_the_remedy(model):
     count = sum(weight.numel() for weight in policy.parameters())
     says = "weights, gradients and Adam's moments need .* --shard auto, or --lora-rank 16"
     with pytest.raises(InputError, match=says):
-        placement(Machine(2, 8 * count), policy, Options(shard="false"))
+        placement(Machine(2, 8 * count), policy, options(shard="false"))
     says = "the weights that practice and evaluation read need .* take more devices, or --lora-rank"
     with pytest.raises(InputError, match=says):
-        placement(Machine(64, 0.5 * count), policy, Options())
+        placement(Machine(64, 0.5 * count), policy, options())
 
 
 def test_the_room_for_keys_and_values_is_a_quarter_of_the_memory(model):
@@ -118,7 +104,7 @@ def test_the_room_for_keys_and_values_is_a_quarter_of_the_memory(model):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_memory_held_is_what_lives_after_an_update(model, rank):
-    options = Options(dtype="bfloat16" if rank else "float32", lora_rank=rank)
+    chosen = options(dtype="bfloat16" if rank else "float32", lora_rank=rank)
     policy = read_policy(model, torch.bfloat16 if rank else torch.float32)
     use_tree_attention(policy)
     if rank:
@@ -136,7 +122,7 @@ def test_memory_held_is_what_lives_after_an_update(model, rank):
         live += [state["exp_avg"], state["exp_avg_sq"]]
     assert all(w.grad is None for w in policy.parameters() if not w.requires_grad)
     held = sum(tensor.untyped_storage().nbytes() for tensor in live)
-    assert held == training_bytes(policy, options)["held"]
+    assert held == training_bytes(policy, chosen)["held"]
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -196,7 +182,7 @@ def test_a_sharded_policy_forgets(tmp_path, one_rank):
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(2)
-    forget(SimpleNamespace(config=Options(str(tmp_path))), one_rank, policy)
+    forget(SimpleNamespace(config=options(model=str(tmp_path))), one_rank, policy)
     expected = dict(base.named_parameters())
     for name, weight in policy.named_parameters():
         assert torch.equal(weight.full_tensor(), expected[name]), name

@@ -1,91 +1,30 @@
 """WebShop on small files in the official format, the reward by hand, the real 1,000 products."""
 
 import json
-import os
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from official import NEEDS_PACKAGES, asin, human, real_files, shop_row, write_webshop
 
 from benchmarks.files import stream_json
 from benchmarks.webshop import Product, ShoppingGoal, webshop_reward
 from envs import make_env
 from trajectory import InputError
 
-pytest.importorskip("bm25s", reason="pip install -r requirements-envs.txt")
-pytest.importorskip("rapidfuzz", reason="pip install -r requirements-envs.txt")
-
-REAL = os.path.join(os.environ.get("STEPAGENT_DATA", ""), "webshop")
-real = pytest.mark.skipif(
-    not os.path.exists(os.path.join(REAL, "items_shuffle_1000.json")),
-    reason="STEPAGENT_DATA names no folder with webshop/items_shuffle_1000.json",
-)
-
-
-def row(number: int, **changes) -> dict:
-    """A product. Odd ones have options."""
-    options = {
-        "Color": [{"value": "C1-Black"}, {"value": "C2/Red "}],
-        "Size": [{"value": "7"}, {"value": "7.5"}],
-        "Style": None,
-    }
-    return {
-        "asin": asin(number),
-        "name": f"Walking shoe model{number} for men",
-        "full_description": f"A shoe, kind{number}.",
-        "small_description": ["Rubber sole", "Easy to clean"],
-        "customization_options": options if number % 2 else "",
-        "category": "fashion",
-        "product_category": "Clothing › Shoes › Walking",
-        "query": "walking shoes ",
-        "pricing": "$19.99" if number % 3 else "$19.99 to $25.0",
-        "images": [],
-        "average_rating": "",
-        **changes,
-    }
-
-
-def asin(number: int) -> str:
-    return f"B0{number:08}"
-
-
-def human(text: str, attributes: list, options: list) -> dict:
-    return {
-        "instruction": text,
-        "instruction_attributes": attributes,
-        "instruction_options": options,
-    }
-
-
-def write(folder: Path, rows: list, **files) -> str:
-    synthetic = {}
-    for number, product_row in enumerate(rows):
-        synthetic[product_row["asin"]] = {
-            "attributes": ["rubber sole"],
-            "instruction": f"Find me walking shoes model{number}",
-            "instruction_attributes": ["rubber sole"],
-        }
-    asked = human("i want a red shoe, model1, size 7.5.", ["rubber sole"], ["red", "7.5"])
-    small = {
-        "items_shuffle_1000.json": rows,
-        "items_ins_v2_1000.json": synthetic,
-        "items_human_ins.json": {rows[1]["asin"]: [asked, human("nothing asked", [], [])]},
-    }
-    for name, content in {**small, **files}.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text, encoding="utf-8")
-    return str(folder)
+pytest.importorskip("bm25s", reason=NEEDS_PACKAGES)
+pytest.importorskip("rapidfuzz", reason=NEEDS_PACKAGES)
 
 
 def open_shop(folder: Path, rows: list, **files):
-    return make_env("webshop", data=write(folder, rows, **files))
+    return make_env("webshop", data=write_webshop(folder, rows, **files))
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    return open_shop(tmp_path_factory.mktemp("webshop"), [row(i) for i in range(30)])
+    return open_shop(tmp_path_factory.mktemp("webshop"), [shop_row(i) for i in range(30)])
 
 
 def task_of(shop, number: int, options: list | None = None) -> str:
@@ -128,7 +67,7 @@ def test_splits_part_the_products_and_human_products_are_not_in_train(shop):
 
 
 def test_price_bounds_are_the_same_every_time_and_above_the_price(tmp_path, shop):
-    again = open_shop(tmp_path, [row(i) for i in range(30)])
+    again = open_shop(tmp_path, [shop_row(i) for i in range(30)])
     texts = {task_id: goal.text for task_id, goal in shop.goals.items()}
     assert {task_id: goal.text for task_id, goal in again.goals.items()} == texts
     for goal in shop.goals.values():
@@ -139,7 +78,7 @@ def test_price_bounds_are_the_same_every_time_and_above_the_price(tmp_path, shop
 
 
 def test_prices_none_and_high(tmp_path):
-    rows = [row(0, pricing=""), row(1, pricing="$1,985.50"), row(2)]
+    rows = [shop_row(0, pricing=""), shop_row(1, pricing="$1,985.50"), shop_row(2)]
     shop = open_shop(tmp_path, rows)
     assert shop.products[asin(0)].price == 100
     assert shop.products[asin(0)].tag == "$100.0"
@@ -150,7 +89,7 @@ def test_prices_none_and_high(tmp_path):
 
 
 def write_full(folder: Path, train: list, test: list) -> str:
-    rows = [row(i) for i in range(30)]
+    rows = [shop_row(i) for i in range(30)]
     requests = {asin(i): [human(f"shoes model{i}", ["rubber sole"], [])] for i in range(30)}
     files = {
         "items_shuffle.json": rows,
@@ -159,7 +98,7 @@ def write_full(folder: Path, train: list, test: list) -> str:
         "eto_train_indices.json": train,
         "eto_test_indices.json": test,
     }
-    return write(folder, rows, **files)
+    return write_webshop(folder, rows, **files)
 
 
 def test_full_files_take_the_human_goals_in_official_order_and_eto_s_lists(tmp_path):
@@ -176,7 +115,7 @@ def test_full_files_take_the_human_goals_in_official_order_and_eto_s_lists(tmp_p
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 10**6])
 def test_products_are_read_one_by_one_whatever_the_chunk(tmp_path, chunk):
-    rows = [row(i, name='à "}, {" name') for i in range(3)]
+    rows = [shop_row(i, name='à "}, {" name') for i in range(3)]
     path = tmp_path / "x"
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     data = path.read_bytes()
@@ -268,7 +207,7 @@ def test_attributes_count_in_attributes_title_features_and_description(where):
 
 
 @pytest.mark.parametrize(
-    "own, wanted, hit",
+    "listed, wanted, hit",
     [
         # Ratios 90, 85.7 and 70.6.
         ("hand wash", "hand washed", True),
@@ -276,8 +215,8 @@ def test_attributes_count_in_attributes_title_features_and_description(where):
         ("anti slip", "non slip", False),
     ],
 )
-def test_attributes_are_compared_by_token_set_ratio(own, wanted, hit):
-    assert reward(product(attributes=[own]), attributes=[wanted]) == (1 + hit) / 2
+def test_attributes_are_compared_by_token_set_ratio(listed, wanted, hit):
+    assert reward(product(attributes=[listed]), attributes=[wanted]) == (1 + hit) / 2
 
 
 @pytest.mark.parametrize(
@@ -409,14 +348,14 @@ def test_actions_are_read_with_tolerance(shop, action, valid):
 )
 def test_quotes_within_an_option_stay(tmp_path, click):
     size = {"Size": [{"value": '18" x 18"'}, {"value": "[2 pack] `big`"}]}
-    shop = open_shop(tmp_path, [row(i, customization_options=size) for i in range(3)])
+    shop = open_shop(tmp_path, [shop_row(i, customization_options=size) for i in range(3)])
     episode, _ = shop.start("0")
     assert play(episode, "search[model1]", "click[B000000001]", click)[-1][3] == {"valid": True}
 
 
 def test_an_option_wins_over_a_button_of_the_same_text(tmp_path):
     extras = {"Shows": [{"value": "Features"}, {"value": "Reviews"}]}
-    shop = open_shop(tmp_path, [row(i, customization_options=extras) for i in range(3)])
+    shop = open_shop(tmp_path, [shop_row(i, customization_options=extras) for i in range(3)])
     task_id = task_of(shop, 1, options=["features"])
     episode, _ = shop.start(task_id)
     _, item, chosen = pages(episode, "search[model1]", "click[B000000001]", "click[Features]")
@@ -449,7 +388,7 @@ def test_the_expert_earns_everything_within_ten_steps_and_says_only_what_it_read
 
 def test_no_expert_where_the_product_is_not_found(tmp_path):
     alike = {"name": "Walking shoe", "full_description": "", "customization_options": {}}
-    rows = [row(i, **alike) for i in range(60)]
+    rows = [shop_row(i, **alike) for i in range(60)]
     request = {
         "attributes": [],
         "instruction": "Find me a walking shoe",
@@ -467,7 +406,7 @@ def test_no_expert_where_the_options_take_too_many_steps(tmp_path):
     rows = []
     for number, count in enumerate((7, 8)):
         options = {f"part{i}": [{"value": f"value{i}"}] for i in range(count)}
-        rows.append(row(number, customization_options=options))
+        rows.append(shop_row(number, customization_options=options))
     shop = open_shop(tmp_path, rows)
     assert len(shop.expert(task_of(shop, 0)).steps) == 10
     assert shop.expert(task_of(shop, 1)) is None
@@ -488,12 +427,12 @@ def test_episodes_side_by_side_do_not_mix(shop):
         ("items_shuffle_1000.json", "[{", "items_shuffle_1000.json"),
         ("items_shuffle_1000.json", '[{"asin": "B1"', "broken JSON"),
         ("items_shuffle_1000.json", "{}", "'asin'"),
-        ("items_shuffle_1000.json", json.dumps([row(0)])[:-1], "broken JSON"),
+        ("items_shuffle_1000.json", json.dumps([shop_row(0)])[:-1], "broken JSON"),
         ("items_shuffle_1000.json", [{"name": "x"}], "asin"),
-        ("items_shuffle_1000.json", [row(0, pricing="$a lot")], "product 0,"),
+        ("items_shuffle_1000.json", [shop_row(0, pricing="$a lot")], "product 0,"),
         (
             "items_shuffle_1000.json",
-            [row(0), row(1, customization_options=["red"])],
+            [shop_row(0), shop_row(1, customization_options=["red"])],
             "product 1,",
         ),
         ("items_shuffle_1000.json", [], "no instruction"),
@@ -505,7 +444,7 @@ def test_episodes_side_by_side_do_not_mix(shop):
 )
 def test_broken_files_are_refused_in_one_line(tmp_path, name, content, words):
     with pytest.raises(InputError) as error:
-        open_shop(tmp_path, [row(i) for i in range(3)], **{name: content})
+        open_shop(tmp_path, [shop_row(i) for i in range(3)], **{name: content})
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -519,7 +458,7 @@ def test_absent_files_are_named(tmp_path, monkeypatch):
         make_env("webshop", data=str(tmp_path))
     monkeypatch.setenv("STEPAGENT_DATA", str(tmp_path))
     (tmp_path / "webshop").mkdir()
-    write(tmp_path / "webshop", [row(i) for i in range(3)])
+    write_webshop(tmp_path / "webshop", [shop_row(i) for i in range(3)])
     shop = make_env("webshop")
     for use in (shop.start, shop.expert, shop.task_type):
         with pytest.raises(InputError, match="no task '999'"):
@@ -539,9 +478,9 @@ def test_lists_of_other_goals_are_refused(tmp_path, train, test):
 # ---------------------------------------------------------------------------- the real products
 
 
-@real
 def test_real_products():
-    shop = make_env("webshop", data=REAL)
+    folder = real_files("webshop")
+    shop = make_env("webshop", data=str(folder))
     assert len(shop.products) == 1000
     assert len(shop.goals) == 6910 + 13
     kinds = {shop.task_type(task_id) for task_id in shop.splits["test"]}
@@ -553,5 +492,5 @@ def test_real_products():
     assert len(rewards) / len(shown) > 0.9
     assert sum(rewards) / len(rewards) >= 0.95
     for split in ("train", "test"):
-        indices = json.loads(Path(REAL, f"eto_{split}_indices.json").read_text())
+        indices = json.loads((folder / f"eto_{split}_indices.json").read_text())
         assert all(0 <= i < 12087 for i in indices)

@@ -87,7 +87,7 @@ def test_errors_of_the_user_are_not_failures(pool):
         env.start("unknown")
     with pytest.raises(InputError, match="turns must be positive"):
         Workers(SOURCE, {"turns": 0}, 1)
-    assert env.workers[0].lives == 0
+    assert env.workers[0].generation == 0
     episode, first = env.start("train-0")
     assert first == "train-0: 0" and env.workers[0].playing == {episode.key}
 
@@ -144,18 +144,18 @@ def test_a_task_that_always_fails_is_reported_and_the_others_go_on(pool, failure
     play(beside, ["a"])
     _, reward, done, info = episode.step(f"Action: {failure}")
     assert done and info["unplayable"] == 1 and reward == 0.25
-    assert episode.failures == env.workers[0].lives == MOST_FAILURES
+    assert episode.failures == env.workers[0].generation == MOST_FAILURES
     assert "the task is not playable" in capfd.readouterr().err
     assert without_restarts(play(beside, ["b"])) == [("train-1: 2 b", 0.5, False, {"valid": True})]
 
 
 def test_a_task_that_cannot_start_is_reported_at_its_first_turn(pool):
     env = pool(count=1)
-    episode, first = env.start("stillborn")
-    assert first == "stillborn cannot be played."
+    episode, first = env.start("dies at start")
+    assert first == "dies at start cannot be played."
     info = {"valid": True, "restarts": 0, "unplayable": 1}
     assert episode.step("Action: a")[2:] == (True, info)
-    assert env.expert("stillborn") is None
+    assert env.expert("dies at start") is None
     assert env.start("train-0")[1] == "train-0: 0"
 
 
@@ -168,7 +168,7 @@ def test_a_world_that_replays_otherwise_is_unplayable(pool):
     assert episode.step("Action: a")[3]["unplayable"] == 1
 
 
-def test_episodes_spread_over_the_workers_and_closed_ones_make_room(pool):
+def test_episodes_spread_over_the_workers_and_closed_ones_free_them(pool):
     env = pool(count=3)
     tasks = [f"train-{i}" for i in range(6)] * 2
     with ThreadPoolExecutor(8) as threads:
@@ -183,7 +183,7 @@ def test_episodes_spread_over_the_workers_and_closed_ones_make_room(pool):
 
 def test_dropped_workers_leave_no_process():
     env = Workers(SOURCE, {}, 2)
-    # Kept: an episode that is dropped makes room in its process.
+    # Kept: an episode that is dropped leaves its process.
     episodes = [env.start("train-0"), env.start("train-1")]
     pids = [worker.process.pid for worker in env.workers]
     assert len(set(pids)) == 2 and all(map(alive, pids))
@@ -191,7 +191,7 @@ def test_dropped_workers_leave_no_process():
     assert not any(map(alive, pids))
 
 
-def test_run_episodes_plays_the_same_with_workers_under_fire(pool):
+def test_run_episodes_plays_the_same_with_workers_after_kills(pool):
     """Episodes of a tiny model: in this process, in workers, and in workers that are killed."""
     tokenizer = tiny.chatml()
     agent = tiny.model(vocab=len(tokenizer), context=1024)
@@ -214,13 +214,13 @@ def test_run_episodes_plays_the_same_with_workers_under_fire(pool):
 
     here, _ = play_all(Counter())
     assert play_all(pool()) == (here, 0)
-    fired, ended = pool(), []
+    attacked, ended = pool(), []
 
-    def fire(count):
+    def kill_twice(count):
         ended.append(count)
         # Others are under way then.
         if len(ended) in (1, 4):
-            os.kill(fired.workers[len(ended) % 2].process.pid, signal.SIGKILL)
+            os.kill(attacked.workers[len(ended) % 2].process.pid, signal.SIGKILL)
 
-    under_fire, restarts = play_all(fired, fire)
-    assert under_fire == here and restarts > 0
+    after_kills, restarts = play_all(attacked, kill_twice)
+    assert after_kills == here and restarts > 0
