@@ -12,8 +12,9 @@ import torch
 import naive
 import rollout
 from rollout import episode_figures, run_episodes
-from trajectory import InputError, Step, Trajectory, encode, stable_seed, stop_ids
-from tree import use_tree_attention
+from system.family import use_tree_attention
+from trajectory import InputError, Step, Trajectory, encode, prompt_ids, stable_seed, stop_ids
+from tree import empty_pass
 
 
 class Parrot:
@@ -124,7 +125,7 @@ def test_sampled_episodes_take_each_token_with_its_own_random_number():
     more = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
     for episode in run_episodes(model, tokenizer, Parrot(), TASKS, **more):
         generator = torch.Generator().manual_seed(stable_seed(5, episode.task_id))
-        ids = rollout.prompt_ids(tokenizer, [], episode.steps[0].observation)
+        ids = prompt_ids(tokenizer, [], episode.steps[0].observation)
         noise = torch.rand(8, generator=generator, dtype=torch.float64)
         drawn = naive.sampled(ordinary, ids, 1.0, stop_ids(tokenizer), noise)
         assert episode.steps[0].ids == drawn
@@ -311,7 +312,7 @@ def test_an_empty_pass_is_one_pass():
     use_tree_attention(model)
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
-    rollout.empty_pass(model)
+    empty_pass(model)
     assert len(passes) == 1
 
 

@@ -11,8 +11,8 @@ import naive
 import rollout
 import tree
 from rollout import Scores, pass_tokens, practice, run_episodes, score
+from system.family import use_tree_attention
 from trajectory import Encoded, InputError
-from tree import use_tree_attention
 
 FAMILIES = list(tiny.FAMILIES)
 OTHER_FAMILIES = list(tiny.OTHER_FAMILIES)
