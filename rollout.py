@@ -165,7 +165,7 @@ def read_scores(
         return torch.tensor(integers, dtype=torch.long, device=hidden.device)
 
     def predicted(actions: list[Placed]) -> Tensor:
-        return numbers([number_of[one] for action in actions for one in action.predictions()])
+        return numbers([number_of[pair] for action in actions for pair in action.predictions()])
 
     def summed(values: Tensor, actions: list[Placed]) -> Tensor:
         lengths = numbers([len(action.tokens) for action in actions])

@@ -30,9 +30,9 @@ class Player:
 
     trajectory: Trajectory
     generator: torch.Generator
-    # Its world starts or answers, in a thread; and did so before the last stretch of writing.
+    # Its world starts or answers, in a thread; and the others wrote a stretch meanwhile.
     job: Future | None = None
-    asked_before: bool = False
+    waited: bool = False
     episode: object = None
     observation: str = ""
     # Tokens that the model has not read, and the number of those that it has.
@@ -95,19 +95,19 @@ class Worlds:
                 if not self.slow:
                     due.append(index)
         for player in players:
-            player.asked_before = player.job is not None
+            player.waited = player.job is not None
 
     def _due(self, players: list[Player]) -> list[int]:
         """Whose worlds must have answered before anybody writes on."""
-        asked = [i for i, player in enumerate(players) if player.job]
+        pending = [i for i, player in enumerate(players) if player.job]
         if not self.slow:
-            return asked
-        early = [i for i in asked if players[i].asked_before]
+            return pending
+        early = [i for i in pending if players[i].waited]
         if early:
             return early
         # Where nearly all wait, half of them do so for a stretch longer.
-        nearly_all = 4 * len(asked) > 3 * len(players)
-        return asked[: (len(asked) + 1) // 2] if nearly_all else []
+        nearly_all = 4 * len(pending) > 3 * len(players)
+        return pending[: (len(pending) + 1) // 2] if nearly_all else []
 
     def _start(self, player: Player) -> None:
         trajectory = player.trajectory

@@ -263,13 +263,13 @@ def test_a_state_as_long_as_the_context_leaves_no_room_for_an_action():
     item = encode(whole, tokenizer)
     assert len(item.spans) > 2
     for step, (start, _) in enumerate(item.spans):
-        for room in (0, 1):
-            model.config.max_position_embeddings = start + room
+        for allowed in (0, 1):
+            model.config.max_position_embeddings = start + allowed
             [played] = run_episodes(model, tokenizer, Parrot(), [whole.task_id], max_new_tokens=8)
             lengths = [len(turn.ids) for turn in played.steps]
             expected = [len(turn.ids) for turn in whole.steps[:step]]
-            assert lengths == expected + [1] * room
-            if room == 0:
+            assert lengths == expected + [1] * allowed
+            if allowed == 0:
                 assert played.truncated
                 assert played.info["outgrown"] == 1
 
@@ -325,11 +325,11 @@ def test_rows_that_read_together_are_alike_and_all_read_once(lengths):
     groups = rollout.of_like_length(rows, lengths.__getitem__, most=1200)
     assert sorted(sum(groups, [])) == rows
     for group in groups:
-        own = [lengths[row] for row in group]
+        lengths_read = [lengths[row] for row in group]
         assert group == sorted(group)
         if len(group) > 1:
-            assert max(own) * len(group) <= 1200
-            assert max(own) <= 2 * min(own) + 64
+            assert max(lengths_read) * len(group) <= 1200
+            assert max(lengths_read) <= 2 * min(lengths_read) + 64
 
 
 def turns(count: int) -> list[Step]:
