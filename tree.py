@@ -239,7 +239,7 @@ class LeafCache:
         mask = self._mask(window, group, query)
         out, norm = attention_and_norm(grid, keys, values, scaling, mask)
         # [N, H_kv, W * G, ..] -> [N, W, H_kv, G, ..] -> [R, H_kv, G, ..]
-        out, norm = (x.unflatten(2, (columns, group)).transpose(1, 2) for x in (out, norm))
+        out, norm = (part.unflatten(2, (columns, group)).transpose(1, 2) for part in (out, norm))
         return out[self.owner, self.column], norm[self.owner, self.column]
 
     def keep(self, rows: Tensor):
