@@ -74,21 +74,20 @@ def score(
         leaves = [[] for _ in encoded]
     assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} of leaves"
 
-    # What goes in: the trunks and their leaves as one row of T tokens, [1, T].
+    # What goes in: the trunks and their leaves as one row of T tokens; ids, positions [1, T].
+    # Who sees whom: `tree` says it to every layer, by `sees`.
     tree = TrunkAndLeaves()
     placed = [lay_out(tree, item, actions) for item, actions in zip(encoded, leaves)]
     ids, positions = tree.tensors(model.device)
 
-    # What is predicted: N tokens, each at an index of the row. Actions that begin alike share them.
+    # What comes out: hidden states [1, T, d], and log-probs and entropies [N] of N predictions,
+    # which actions that begin alike share; rows, targets [N].
     number_of: dict[Prediction, int] = {}
     for expert, agent in placed:
         for action in expert + agent:
             for prediction in action.predictions():
                 number_of.setdefault(prediction, len(number_of))
     rows, targets = torch.tensor(list(number_of), device=model.device).T
-
-    # Who sees whom: every layer asks `tree`. What comes out: hidden states [1, T, d], and log-probs
-    # and entropies [N] of the predictions.
     hidden, *values = model.scoring(ids, positions, tree, rows, targets, with_entropy)
     return [read_scores(hidden[0], *values, number_of, *actions) for actions in placed]
 
@@ -120,6 +119,7 @@ def lay_out(tree: TrunkAndLeaves, item: Encoded, leaves: list) -> tuple[list[Pla
     placed: dict[tuple, Placed] = {}
     for step, (start, end) in enumerate(item.spans):
         expert.append(Placed(list(range(trunk + start - 1, trunk + end)), item.ids[start:end]))
+        # Where a leaf branches off, what is not on the trunk, and its row so far.
         branching = []
         for ids in distinct[step]:
             common = shared(item, step, ids)
@@ -236,16 +236,19 @@ def prefill(
     -> layer -> keys and values of each trunk [H_kv, L, D]; and the hidden states [.., d] that
     predict each token of each expert action, in order.
     """
+
+    def needed(item: Encoded) -> int:
+        # Nothing is predicted from the last action's last token.
+        return item.spans[-1][1] - 1
+
     trunks = defaultdict(list)
     hidden = []
-    # Nothing is predicted from the last action's last token.
-    needed = {id(item): item.spans[-1][1] - 1 for item in encoded}
-    for group in grouped(encoded, lambda item: needed[id(item)], most):
+    for group in grouped(encoded, needed, most):
         tree = TrunkAndLeaves()
         tree.kept = {}
         predicting = []
         for item in group:
-            first = tree.add_trunk(item.ids[: needed[id(item)]])
+            first = tree.add_trunk(item.ids[: needed(item)])
             for start, end in item.spans:
                 predicting += range(first + start - 1, first + end - 1)
         states = forward(model, *tree.tensors(model.device), tree)[0]
