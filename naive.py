@@ -69,8 +69,8 @@ def expert_pairs(encoded: list[Encoded]):
 def leaf_pairs(encoded: list[Encoded], leaves):
     """Every (state, practice action); leaves[j] = [(step, action)] of trajectory j."""
     pairs = []
-    for item, own in zip(encoded, leaves):
-        for step, action in own:
+    for item, actions in zip(encoded, leaves):
+        for step, action in actions:
             pairs.append((item.ids[: item.spans[step][0]], action))
     return pairs
 
@@ -93,8 +93,8 @@ def sampled(model, state: list[int], temperature: float, stops, noise) -> list[i
     action = []
     while len(action) < len(noise) and (not action or action[-1] not in stops):
         last = logits(model, state + action)[-1:]
-        heat = torch.tensor([float(temperature)])
-        action.append(sample(last, heat, noise[len(action)][None]).item())
+        divisor = torch.tensor([float(temperature)])
+        action.append(sample(last, divisor, noise[len(action)][None]).item())
     return action
 
 

@@ -10,10 +10,9 @@ are leaves. tree.py says who sees whom.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,21 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from losses import bootstrap
-from trajectory import (
-    Encoded,
-    InputError,
-    Step,
-    Trajectory,
-    action_text,
-    closing_id,
-    encode,
-    prompt_ids,
-    segment,
-    stable_seed,
-    state_ids,
-    stop_ids,
-)
-from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, sample, use_tree_attention
+from system.family import use_tree_attention
+from system.worlds import Player, Worlds
+from trajectory import Encoded, InputError, Trajectory, encode, segment, stop_ids
+from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, sample
 
 __all__ = ["encode", "episode_figures", "practice", "run_episodes", "score", "segment", "stop_ids"]
 
@@ -86,21 +74,26 @@ def score(
         leaves = [[] for _ in encoded]
     assert len(encoded) == len(leaves) > 0, f"{len(encoded)} trajectories, {len(leaves)} of leaves"
 
+    # What goes in: the trunks and their leaves as one row of T tokens; ids, positions [1, T].
+    # Who sees whom: `tree` says it to every layer, by `sees`.
     tree = TrunkAndLeaves()
-    layouts = [lay_out(tree, item, own) for item, own in zip(encoded, leaves)]
-    # (row index, token predicted there) -> its number. Actions that share a prefix ask the same.
-    asked: dict[tuple[int, int], int] = {}
-    for expert, agent in layouts:
+    placed = [lay_out(tree, item, actions) for item, actions in zip(encoded, leaves)]
+    ids, positions = tree.tensors(model.device)
+
+    # What comes out: hidden states [1, T, d], and log-probs and entropies [N] of N predictions,
+    # which actions that begin alike share; rows, targets [N].
+    number_of: dict[Prediction, int] = {}
+    for expert, agent in placed:
         for action in expert + agent:
-            for question in action.questions():
-                asked.setdefault(question, len(asked))
+            for prediction in action.predictions():
+                number_of.setdefault(prediction, len(number_of))
+    rows, targets = torch.tensor(list(number_of), device=model.device).T
+    hidden, *values = model.scoring(ids, positions, tree, rows, targets, with_entropy)
+    return [read_scores(hidden[0], *values, number_of, *actions) for actions in placed]
 
-    rows, targets = torch.tensor(list(asked), device=model.device).T
-    ids = torch.tensor([tree.ids], device=model.device)
-    positions = torch.tensor([tree.position], device=model.device)
-    hidden, *answers = model.scoring(ids, positions, tree, rows, targets, with_entropy)
 
-    return [read_scores(hidden[0], *answers, asked, expert, agent) for expert, agent in layouts]
+# (row index, the token predicted there)
+Prediction = tuple[int, int]
 
 
 @dataclass
@@ -110,8 +103,8 @@ class Placed:
     row: list[int]
     tokens: Sequence[int]
 
-    def questions(self) -> Iterable[tuple[int, int]]:
-        """(row index, token predicted there) of each of its tokens."""
+    def predictions(self) -> Iterable[Prediction]:
+        """One for each of its tokens."""
         return zip(self.row, self.tokens)
 
 
@@ -126,6 +119,7 @@ def lay_out(tree: TrunkAndLeaves, item: Encoded, leaves: list) -> tuple[list[Pla
     placed: dict[tuple, Placed] = {}
     for step, (start, end) in enumerate(item.spans):
         expert.append(Placed(list(range(trunk + start - 1, trunk + end)), item.ids[start:end]))
+        # Where a leaf branches off, what is not on the trunk, and its row so far.
         branching = []
         for ids in distinct[step]:
             common = shared(item, step, ids)
@@ -134,9 +128,9 @@ def lay_out(tree: TrunkAndLeaves, item: Encoded, leaves: list) -> tuple[list[Pla
             if common < len(ids):
                 branching.append((start + common, list(ids[common:]), row))
         if branching:
-            starts = tree.add_leaves([(branch, own) for branch, own, _ in branching])
-            for first, (_, own, row) in zip(starts, branching):
-                row += range(first, first + len(own))
+            starts = tree.add_leaves([(branch, rest) for branch, rest, _ in branching])
+            for first, (_, rest, row) in zip(starts, branching):
+                row += range(first, first + len(rest))
     return expert, [placed[step, tuple(ids)] for step, ids in leaves]
 
 
@@ -161,39 +155,35 @@ def read_scores(
     hidden: Tensor,
     logps: Tensor,
     entropies: Tensor | None,
-    asked: dict[tuple[int, int], int],
+    number_of: dict[Prediction, int],
     expert: list[Placed],
     agent: list[Placed],
 ) -> Scores:
-    """The Scores of one trajectory from the answers of the whole pass."""
+    """The Scores of one trajectory from what the whole pass predicted: hidden [T, d], logps [N]."""
 
-    def at_tokens(answers: Tensor | None, actions: list[Placed]) -> Tensor | None:
-        if answers is None:
-            return None
-        numbers = [asked[question] for action in actions for question in action.questions()]
-        return answers[torch.tensor(numbers, dtype=torch.long, device=answers.device)]
+    def numbers(integers: list[int]) -> Tensor:
+        return torch.tensor(integers, dtype=torch.long, device=hidden.device)
+
+    def predicted(actions: list[Placed]) -> Tensor:
+        return numbers([number_of[pair] for action in actions for pair in action.predictions()])
 
     def summed(values: Tensor, actions: list[Placed]) -> Tensor:
-        lengths = torch.tensor([len(action.tokens) for action in actions], dtype=torch.long)
-        owner = torch.repeat_interleave(lengths).to(values.device)
+        lengths = numbers([len(action.tokens) for action in actions])
+        owner = torch.repeat_interleave(lengths)
         return values.new_zeros(len(actions)).index_add(0, owner, values)
 
-    def hidden_at(place: int, actions: list[Placed]) -> Tensor:
-        rows = [action.row[place] for action in actions]
-        return hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
-
-    trunk_tokens = at_tokens(logps, expert)
-    leaf_tokens = at_tokens(logps, agent)
+    of_expert, of_agent = predicted(expert), predicted(agent)
+    trunk_tokens, leaf_tokens = logps[of_expert], logps[of_agent]
     return Scores(
         trunk=summed(trunk_tokens, expert),
         leaves=summed(leaf_tokens, agent),
         trunk_tokens=trunk_tokens,
         leaf_tokens=leaf_tokens,
-        trunk_entropy=at_tokens(entropies, expert),
-        leaf_entropy=at_tokens(entropies, agent),
-        state_hidden=hidden_at(0, expert),
-        trunk_hidden=hidden_at(-1, expert),
-        leaf_hidden=hidden_at(-1, agent),
+        trunk_entropy=None if entropies is None else entropies[of_expert],
+        leaf_entropy=None if entropies is None else entropies[of_agent],
+        state_hidden=hidden[numbers([action.row[0] for action in expert])],
+        trunk_hidden=hidden[numbers([action.row[-1] for action in expert])],
+        leaf_hidden=hidden[numbers([action.row[-1] for action in agent])],
     )
 
 
@@ -224,13 +214,13 @@ def practice(
     """
     use_tree_attention(model)
     is_number = isinstance(temperature, (int, float))
-    heats = [temperature] * k if is_number else list(temperature)
-    assert len(heats) == k, f"{len(heats)} temperatures for k = {k}"
+    temperatures = [temperature] * k if is_number else list(temperature)
+    assert len(temperatures) == k, f"{len(temperatures)} temperatures for k = {k}"
     generators = generator if isinstance(generator, list) else [generator] * len(encoded)
     assert len(generators) == len(encoded), f"{len(generators)} generators, {len(encoded)} items"
 
     trunks, hidden = prefill(model, encoded, prefill_tokens)
-    rows = PracticeRows(model, encoded, heats, max_new_tokens, stop_ids, generators)
+    rows = PracticeRows(model, encoded, temperatures, max_new_tokens, stop_ids, generators)
     follow_expert(model, rows, hidden)
     decode(model, rows, trunks)
 
@@ -246,21 +236,22 @@ def prefill(
     -> layer -> keys and values of each trunk [H_kv, L, D]; and the hidden states [.., d] that
     predict each token of each expert action, in order.
     """
+
+    def needed(item: Encoded) -> int:
+        # Nothing is predicted from the last action's last token.
+        return item.spans[-1][1] - 1
+
     trunks = defaultdict(list)
     hidden = []
-    # Nothing is predicted from the last action's last token.
-    needed = {id(item): item.spans[-1][1] - 1 for item in encoded}
-    for group in grouped(encoded, lambda item: needed[id(item)], most):
+    for group in grouped(encoded, needed, most):
         tree = TrunkAndLeaves()
         tree.kept = {}
         predicting = []
         for item in group:
-            first = tree.add_trunk(item.ids[: needed[id(item)]])
+            first = tree.add_trunk(item.ids[: needed(item)])
             for start, end in item.spans:
                 predicting += range(first + start - 1, first + end - 1)
-        ids = torch.tensor([tree.ids], device=model.device)
-        positions = torch.tensor([tree.position], device=model.device)
-        states = forward(model, ids, positions, tree)[0]
+        states = forward(model, *tree.tensors(model.device), tree)[0]
         hidden.append(states[torch.tensor(predicting, device=model.device)])
         for layer, (keys, values) in tree.kept.items():
             trunks[layer] += zip(keys[0].split(tree.sizes, 1), values[0].split(tree.sizes, 1))
@@ -270,7 +261,7 @@ def prefill(
 class PracticeRows:
     """Practice actions while they are written: R = all steps x K rows, those of a step together."""
 
-    def __init__(self, model, encoded, heats, max_new_tokens, stops, generators):
+    def __init__(self, model, encoded, temperatures, max_new_tokens, stops, generators):
         device = model.device
         steps, expert, noise = [], [], []
         for trunk, (item, generator) in enumerate(zip(encoded, generators)):
@@ -279,23 +270,23 @@ class PracticeRows:
                 # Its last token ends the action: nobody follows it.
                 action = item.ids[start : end - 1][:max_new_tokens]
                 expert.append(action + [-1] * (max_new_tokens - len(action)))
-            size = (len(item.spans) * len(heats), max_new_tokens)
+            size = (len(item.spans) * len(temperatures), max_new_tokens)
             noise.append(torch.rand(size, generator=generator, dtype=torch.float64))
         of_step = torch.tensor(steps, device=device)
         first_hidden = of_step[:, 2].cumsum(0) - of_step[:, 2]
 
-        copies = len(heats)
+        copies = len(temperatures)
         # [R] the row's trunk, where its action starts on it, its first row in the hidden states.
         self.trunk, self.start, _ = of_step.repeat_interleave(copies, 0).T
         self.first_hidden = first_hidden.repeat_interleave(copies)
         # [R, max_new_tokens] the expert's tokens, and each token's own random number.
         self.expert = torch.tensor(expert, device=device).repeat_interleave(copies, 0)
         self.noise = F.pad(torch.cat(noise), (0, 1)).to(device)
-        self.heat = torch.tensor(heats, device=device).repeat(len(steps))
+        self.temperature = torch.tensor(temperatures, device=device).repeat(len(steps))
         self.stops = torch.tensor(sorted(stops), device=device)
         # [R] tokens that the action may have within the model's context.
-        room = model.config.max_position_embeddings - self.start
-        self.room = room.clamp(1, max_new_tokens)
+        left = model.config.max_position_embeddings - self.start
+        self.allowed = left.clamp(1, max_new_tokens)
         # What is written; one more column takes what a finished row still writes.
         self.longest = max_new_tokens
         size = (len(self.trunk), max_new_tokens + 1)
@@ -306,9 +297,9 @@ class PracticeRows:
 
     def write(self, model, rows: Tensor, hidden: Tensor, place: Tensor) -> Tensor:
         """Samples the token at `place` [r] of these rows from hidden states [r, d]."""
-        token = sample(head(model, hidden), self.heat[rows], self.noise[rows, place])
+        token = sample(head(model, hidden), self.temperature[rows], self.noise[rows, place])
         self.written[rows, place] = token
-        is_last = torch.isin(token, self.stops) | (place == self.room[rows] - 1)
+        is_last = torch.isin(token, self.stops) | (place == self.allowed[rows] - 1)
         ended = is_last & (self.lengths[rows] == 0)
         self.lengths[rows[ended]] = place[ended] + 1
         return token
@@ -373,29 +364,6 @@ def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
 # ---------------------------------------------------------------------------------------- episodes
 
 
-@dataclass
-class Player:
-    """One running episode: its world, what is written so far, what the model has not read yet."""
-
-    trajectory: Trajectory
-    generator: torch.Generator
-    # Its world starts or answers, in a thread.
-    job: Future | None = None
-    # Asked its world before the last stretch of writing.
-    asked_before: bool = False
-    episode: object = None
-    observation: str = ""
-    pending: list[int] = field(default_factory=list)
-    # Tokens that the model has read.
-    length: int = 0
-    action: list[int] = field(default_factory=list)
-    # Tokens that the action may have.
-    room: int = 0
-    noise: list[float] = field(default_factory=list)
-    invalid: int = 0
-    done: bool = False
-
-
 @torch.no_grad()
 def run_episodes(
     model: PreTrainedModel,
@@ -423,108 +391,32 @@ def run_episodes(
     same bits.
     """
     use_tree_attention(model)
-    limit = model.config.max_position_embeddings
-    slow = getattr(env, "slow", False)
-    waiting = deque(task_ids)
+    stops = stop_ids(tokenizer)
+    worlds = Worlds(env, tokenizer, model.config.max_position_embeddings, task_ids, prompt, seed)
     finished: dict[str, Trajectory] = {}
-    threads = ThreadPoolExecutor(8)
-
-    def next_player() -> Player:
-        task = waiting.popleft()
-        generator = torch.Generator().manual_seed(stable_seed(seed, task))
-        player = Player(Trajectory(task, list(prompt), info={"invalid": 0}), generator)
-        player.job = threads.submit(open_world, env, tokenizer, limit, player)
-        return player
-
     try:
-        players = [next_player() for _ in range(min(batch, len(waiting)))]
+        players = [worlds.next_player() for _ in range(min(batch, len(task_ids)))]
         cache = RowCache(len(players), model.device)
+        # [players, d] the state from which each player's next token is sampled.
         size = (len(players), model.config.hidden_size)
         hidden = torch.zeros(size, device=model.device, dtype=model.dtype)
         while players:
-            due = deque(players_due(players, slow))
-            while due:
-                seat = due.popleft()
-                # Waits for the world, and raises what it raised.
-                players[seat].job.result()
-                players[seat].job = None
-                if not players[seat].done:
-                    continue
-                finished[players[seat].trajectory.task_id] = players[seat].trajectory
+            for trajectory in worlds.endings(players):
+                finished[trajectory.task_id] = trajectory
                 progress(1)
-                if waiting:
-                    players[seat] = next_player()
-                    if not slow:
-                        due.append(seat)
             alive = [i for i, player in enumerate(players) if player.job or not player.done]
             if len(alive) < len(players):
                 cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
                 hidden = hidden[alive]
                 players = [players[i] for i in alive]
             read_observations(model, players, cache, hidden, max_new_tokens)
-            for player in players:
-                player.asked_before = player.job is not None
-            stops = stop_ids(tokenizer)
             hidden, written = write_actions(model, players, cache, hidden, temperature, stops)
             for player in written:
-                player.job = threads.submit(answer, env, tokenizer, limit, player)
+                worlds.ask(player)
         return [finished[task] for task in task_ids]
     finally:
         # After an error nobody waits for worlds that have not begun.
-        threads.shutdown(cancel_futures=True)
-
-
-def players_due(players: list[Player], slow: bool) -> list[int]:
-    """Whose worlds must have answered before anybody writes on."""
-    asked = [i for i, player in enumerate(players) if player.job]
-    if not slow:
-        return asked
-    early = [i for i in asked if players[i].asked_before]
-    if early:
-        return early
-    # Where nearly all wait, half of them do so for a stretch longer.
-    nearly_all = 4 * len(asked) > 3 * len(players)
-    return asked[: (len(asked) + 1) // 2] if nearly_all else []
-
-
-def open_world(env, tokenizer, limit: int, player: Player) -> None:
-    trajectory = player.trajectory
-    player.episode, player.observation = env.start(trajectory.task_id)
-    player.pending = prompt_ids(tokenizer, trajectory.prompt, player.observation)
-    if len(player.pending) >= limit:
-        # Over before it began.
-        player.done = trajectory.truncated = True
-        trajectory.info["outgrown"] = 1
-        close(player.episode)
-
-
-def answer(env, tokenizer, limit: int, player: Player) -> None:
-    """The world answers one action; `pending` becomes what the model reads next."""
-    trajectory, action = player.trajectory, player.action
-    text = action_text(tokenizer, action)
-    observation, trajectory.reward, ended, info = player.episode.step(text)
-    trajectory.steps.append(Step(player.observation, text, action))
-    player.invalid += not info["valid"]
-    secondary = {name: figure for name, figure in info.items() if name != "valid"}
-    trajectory.info = {"invalid": player.invalid, **secondary}
-    if action[-1] not in stop_ids(tokenizer):
-        player.pending = player.pending + [closing_id(tokenizer)]
-    player.pending = player.pending + state_ids(tokenizer, observation)
-    player.observation = trajectory.last = observation
-
-    outgrown = player.length + len(player.pending) >= limit
-    out_of_steps = len(trajectory.steps) >= env.max_steps(trajectory.task_id)
-    trajectory.truncated = not ended and (outgrown or out_of_steps)
-    if outgrown and not ended:
-        trajectory.info["outgrown"] = 1
-    player.done = ended or trajectory.truncated
-    if player.done:
-        close(player.episode)
-
-
-def close(episode) -> None:
-    if hasattr(episode, "close"):
-        episode.close()
+        worlds.threads.shutdown(cancel_futures=True)
 
 
 def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_tokens: int) -> None:
@@ -536,19 +428,19 @@ def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_t
     reading = [i for i, player in enumerate(players) if not player.job and player.pending]
     cache.lengths = torch.tensor([player.length for player in players], device=device)
     for group in of_like_length(reading, lambda i: len(players[i].pending)):
-        width = max(len(players[i].pending) for i in group)
-        padded = [players[i].pending + [0] * (width - len(players[i].pending)) for i in group]
-        ids = torch.tensor(padded, device=device)
+        pending = [players[i].pending for i in group]
+        width = max(map(len, pending))
+        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in pending], device=device)
         rows = torch.tensor(group, device=device)
         positions = within_context(model, cache.begin(width, rows))
-        out = forward(model, ids, positions, cache)
-        last = torch.tensor([len(players[i].pending) - 1 for i in group], device=device)
-        hidden[rows] = out[torch.arange(len(group), device=device), last].to(hidden.dtype)
+        states = forward(model, padded, positions, cache)
+        last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
+        hidden[rows] = states[torch.arange(len(group), device=device), last].to(hidden.dtype)
     for i in reading:
         player = players[i]
         player.length += len(player.pending)
         player.pending, player.action = [], []
-        player.room = min(max_new_tokens, model.config.max_position_embeddings - player.length)
+        player.allowed = min(max_new_tokens, model.config.max_position_embeddings - player.length)
         noise = torch.rand(max_new_tokens, generator=player.generator, dtype=torch.float64)
         player.noise = noise.tolist()
 
@@ -564,19 +456,18 @@ def write_actions(
     device = model.device
     writing = [player.job is None for player in players]
     written = []
-    heat = torch.full((len(players),), float(temperature), device=device)
+    temperatures = torch.full((len(players),), float(temperature), device=device)
     while any(writing) and 4 * len(written) < len(players):
         noise = []
         for player, writes in zip(players, writing):
             noise.append(player.noise[len(player.action)] if writes else 0.0)
         noise = torch.tensor(noise, dtype=torch.float64).to(device)
-        token = sample(head(model, hidden), heat, noise)
-        for i, value in enumerate(token.tolist()):
+        token = sample(head(model, hidden), temperatures, noise)
+        for i, (player, value) in enumerate(zip(players, token.tolist())):
             if not writing[i]:
                 continue
-            player = players[i]
             player.action.append(value)
-            if value in stops or len(player.action) == player.room:
+            if value in stops or len(player.action) == player.allowed:
                 player.pending = [value]
                 writing[i] = False
                 written.append(player)
@@ -600,14 +491,6 @@ def of_like_length(rows: list[int], length_of: Callable, most: int = 16384) -> l
             groups.append([])
         groups[-1].append(row)
     return [sorted(group) for group in groups]
-
-
-def empty_pass(model: PreTrainedModel) -> None:
-    """One token that nobody reads: sharded weights are gathered by all ranks or by none."""
-    cache = RowCache(1, model.device)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        forward(model, ids, cache.begin(1), cache)
 
 
 def episode_figures(episodes: list[Trajectory], env) -> dict:

@@ -16,9 +16,6 @@ the model call was given: TrunkAndLeaves (a scoring pass), LeafCache (decoding p
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from types import MethodType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +103,11 @@ class TrunkAndLeaves:
         self.sizes[-1] += len(ids)
         return start
 
+    def tensors(self, device) -> tuple[Tensor, Tensor]:
+        """Token ids and positions of the row, [1, T] each, as a model reads them."""
+        ids, positions = torch.tensor([self.ids, self.position], device=device)
+        return ids[None], positions[None]
+
     def attend(self, layer, query, key, value, scaling, window):
         """[1, H, T, D] -> [1, H, T, D]: one call a piece."""
         if self.kept is not None:
@@ -114,15 +116,13 @@ class TrunkAndLeaves:
         queries, keys, values = (part.split(self.sizes, 2) for part in (query, key, value))
         outputs = []
         for piece, (trunk, prefix) in enumerate(zip(self.trunks, self.prefixes)):
-            own_keys, own_values = keys[piece], values[piece]
-            if piece == trunk:
-                is_plain = window is None or window >= self.sizes[piece]
-                mask = None if is_plain else self.mask(piece, window, query.device)
-            else:
-                own_keys = torch.cat([keys[trunk][:, :, :prefix], own_keys], 2)
-                own_values = torch.cat([values[trunk][:, :, :prefix], own_values], 2)
-                mask = self.mask(piece, window, query.device)
-            outputs.append(attention(queries[piece], own_keys, own_values, scaling, mask))
+            seen_keys, seen_values = keys[piece], values[piece]
+            is_causal = piece == trunk and (window is None or window >= self.sizes[piece])
+            mask = None if is_causal else self.mask(piece, window, query.device)
+            if piece != trunk:
+                seen_keys = torch.cat([keys[trunk][:, :, :prefix], seen_keys], 2)
+                seen_values = torch.cat([values[trunk][:, :, :prefix], seen_values], 2)
+            outputs.append(attention(queries[piece], seen_keys, seen_values, scaling, mask))
         return torch.cat(outputs, 2)
 
     def mask(self, piece: int, window: int | None, device) -> Tensor:
@@ -130,11 +130,11 @@ class TrunkAndLeaves:
         if (piece, window) not in self.masks:
             trunk_start = sum(self.sizes[: self.trunks[piece]])
             start = sum(self.sizes[:piece])
-            own = torch.arange(start, start + self.sizes[piece], device=device)
+            query = torch.arange(start, start + self.sizes[piece], device=device)
             prefix = torch.arange(trunk_start, trunk_start + self.prefixes[piece], device=device)
-            row = [torch.tensor(x, device=device) for x in (self.position, self.leaf, self.branch)]
-            key = torch.cat([prefix, own])[None, :]
-            self.masks[piece, window] = sees(*row, own[:, None], key, window)
+            row = torch.tensor([self.position, self.leaf, self.branch], device=device)
+            key = torch.cat([prefix, query])
+            self.masks[piece, window] = sees(*row, query[:, None], key[None, :], window)
         return self.masks[piece, window]
 
 
@@ -144,11 +144,11 @@ class TrunkAndLeaves:
 class LeafCache:
     """Keys and values while practice is decoded: each trunk is stored once, for all its leaves.
 
-    R rows are leaves, those of one trunk side by side; all have `length` tokens of their own. The
-    N trunks are padded to the longest, [N, H_kv, L, D]. G query heads share a key head. The rows
-    of a trunk take its seats 0, 1, .., W at most, so one product serves all rows of all trunks:
+    R rows are leaves, those of one trunk side by side; all have read `length` tokens. The N trunks
+    are padded to the longest, [N, H_kv, L, D]. G query heads share a key head. A trunk has W
+    columns, one for each of its rows, so one product serves all rows of all trunks:
 
-        query [R, H_kv, G, D] -> seated [N, H_kv, W * G, D] x keys [N, H_kv, L, D] -> back to rows
+        query [R, H_kv, G, D] -> grid [N, H_kv, W * G, D] x keys [N, H_kv, L, D] -> back to rows
     """
 
     def __init__(
@@ -166,34 +166,33 @@ class LeafCache:
         self.prefix = prefix
         self.length = 0
         # layer -> keys, values of the leaves, [R, H_kv, capacity, D].
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self._take_seats()
+        self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lay_out()
 
-    def _take_seats(self):
+    def _lay_out(self):
         """Numbers the trunks that still have rows, and the rows of each trunk."""
         found = torch.unique_consecutive(self.owner, return_inverse=True, return_counts=True)
         alive, self.owner, counts = found
         if len(alive) < len(next(iter(self.trunks.values()))[0]):
-            for layer, (keys, values) in self.trunks.items():
-                self.trunks[layer] = (keys[alive], values[alive])
+            keep_rows(self.trunks, alive)
         first_row = counts.cumsum(0) - counts
-        self.seat = torch.arange(len(self.owner), device=counts.device) - first_row[self.owner]
-        # An empty seat sees nothing; nobody reads its output.
+        self.column = torch.arange(len(self.owner), device=counts.device) - first_row[self.owner]
+        # [N, W] trunk tokens seen. An empty column sees nothing; nobody reads its output.
         self.limit = self.prefix.new_full((len(alive), int(counts.max())), -1)
-        self.limit[self.owner, self.seat] = self.prefix
-        self.reach = int(self.limit.max())
+        self.limit[self.owner, self.column] = self.prefix
+        self.longest = int(self.limit.max())
         # window -> mask, which the layers share.
         self.masks: dict[int | None, Tensor] = {}
 
     def _mask(self, window: int | None, group: int, like: Tensor) -> Tensor:
-        """Added to scores: what no query of a seat may see. [N, 1, W * G, L], layers share it."""
+        """Added to scores: what no query of a column may see. [N, 1, W * G, L]"""
         if window not in self.masks:
-            trunk_position = torch.arange(self.reach, device=like.device)
+            trunk_position = torch.arange(self.longest, device=like.device)
             hidden = trunk_position >= self.limit[..., None]
             if window:
                 hidden |= trunk_position <= self.limit[..., None] + self.length - window
             hidden = hidden.repeat_interleave(group, 1)[:, None]
-            # Finite, as an empty seat sees nothing at all.
+            # Finite, as an empty column sees nothing at all.
             self.masks[window] = like.new_zeros(hidden.shape).masked_fill_(hidden, -1e30)
         return self.masks[window]
 
@@ -202,53 +201,53 @@ class LeafCache:
         self.length += 1
         self.masks = {window: mask for window, mask in self.masks.items() if window is None}
 
-    def _append(self, layer, key, value):
-        """One more token of each leaf; the buffers grow by doubling."""
-        if layer not in self.own:
-            empty = key.new_empty(*key.shape[:2], 0, key.shape[3])
-            self.own[layer] = (empty, empty)
-        if self.own[layer][0].shape[2] == self.length:
-            room = max(32, self.length)
-            self.own[layer] = tuple(F.pad(part, (0, 0, 0, room)) for part in self.own[layer])
-        for buffer, new in zip(self.own[layer], (key, value)):
-            buffer[:, :, self.length] = new[:, :, 0]
-
     def attend(self, layer, query, key, value, scaling, window):
         """[R, H, 1, D] -> [R, H, 1, D]: over the trunk's prefix and over the leaf, then joined."""
-        self._append(layer, key, value)
-        rows, heads, _, width = query.shape
         kv_heads = key.shape[1]
-        group = heads // kv_heads
-        query = query.view(rows, kv_heads, group, width)
+        folded = query.view(len(query), kv_heads, -1, query.shape[3])
+        leaf_out, leaf_norm = self._over_leaves(layer, folded, key, value, scaling, window)
+        trunk_out, trunk_norm = self._over_trunks(layer, folded, scaling, window)
+        # The softmax over both is the two softmaxes, weighed by their normalisers:
+        # e^trunk_norm / (e^trunk_norm + e^leaf_norm) is the trunk's share.
+        trunk_share = torch.sigmoid(trunk_norm - leaf_norm)[..., None].to(value.dtype)
+        out = trunk_share * trunk_out + (1 - trunk_share) * leaf_out
+        return out.reshape(query.shape)
 
+    def _over_leaves(self, layer, query, key, value, scaling, window) -> tuple[Tensor, Tensor]:
+        """query [R, H_kv, G, D] -> output [R, H_kv, G, D] and log-normaliser [R, H_kv, G]."""
+        buffers = self.leaves.get(layer)
+        if buffers is None or buffers[0].shape[2] == self.length:
+            # Buffers grow by doubling.
+            capacity = self.length + max(32, self.length)
+            self.leaves[layer] = buffers = grown(buffers, key, len(key), capacity)
+        for buffer, new in zip(buffers, (key, value)):
+            buffer[:, :, self.length] = new[:, :, 0]
         end = self.length + 1
         start = max(0, end - window) if window else 0
-        leaf_keys, leaf_values = (part[:, :, start:end] for part in self.own[layer])
-        leaf_out, leaf_norm = attention_and_norm(query, leaf_keys, leaf_values, scaling)
+        keys, values = (buffer[:, :, start:end] for buffer in buffers)
+        return attention_and_norm(query, keys, values, scaling)
 
-        trunk_keys, trunk_values = (part[:, :, : self.reach] for part in self.trunks[layer])
-        trunks, seats = self.limit.shape
-        seated = query.new_zeros(trunks, seats, kv_heads, group, width)
-        seated[self.owner, self.seat] = query
-        seated = seated.transpose(1, 2).reshape(trunks, kv_heads, seats * group, width)
+    def _over_trunks(self, layer, query, scaling, window) -> tuple[Tensor, Tensor]:
+        """The same over the prefix of each row's trunk."""
+        _, kv_heads, group, width = query.shape
+        keys, values = (part[:, :, : self.longest] for part in self.trunks[layer])
+        trunks, columns = self.limit.shape
+        grid = query.new_zeros(trunks, columns, kv_heads, group, width)
+        grid[self.owner, self.column] = query
+        # [N, W, H_kv, G, D] -> [N, H_kv, W * G, D]
+        grid = grid.transpose(1, 2).reshape(trunks, kv_heads, columns * group, width)
         mask = self._mask(window, group, query)
-        out, norm = attention_and_norm(seated, trunk_keys, trunk_values, scaling, mask)
-        out = out.unflatten(2, (seats, group)).transpose(1, 2)[self.owner, self.seat]
-        norm = norm.unflatten(2, (seats, group)).transpose(1, 2)[self.owner, self.seat]
-
-        # The softmax over both is the two softmaxes, weighed by their normalisers:
-        # e^norm / (e^norm + e^leaf_norm) is the trunk's share.
-        trunk_share = torch.sigmoid(norm - leaf_norm)[..., None].to(value.dtype)
-        out = trunk_share * out + (1 - trunk_share) * leaf_out
-        return out.reshape(rows, heads, 1, width)
+        out, norm = attention_and_norm(grid, keys, values, scaling, mask)
+        # [N, H_kv, W * G, ..] -> [N, W, H_kv, G, ..] -> [R, H_kv, G, ..]
+        out, norm = (part.unflatten(2, (columns, group)).transpose(1, 2) for part in (out, norm))
+        return out[self.owner, self.column], norm[self.owner, self.column]
 
     def keep(self, rows: Tensor):
         """Only these rows go on."""
         self.owner = self.owner[rows]
         self.prefix = self.prefix[rows]
-        for layer, (keys, values) in self.own.items():
-            self.own[layer] = (keys[rows], values[rows])
-        self._take_seats()
+        keep_rows(self.leaves, rows)
+        self._lay_out()
 
 
 def pad_trunks(parts: tuple[Tensor, ...]) -> Tensor:
@@ -258,6 +257,19 @@ def pad_trunks(parts: tuple[Tensor, ...]) -> Tensor:
     for row, part in zip(padded, parts):
         row[:, : part.shape[1]] = part
     return padded
+
+
+def grown(buffers: tuple[Tensor, Tensor] | None, key: Tensor, rows: int, capacity: int):
+    """Keys and values with zeros behind them, [rows, H_kv, capacity, D]; None: nothing yet."""
+    if buffers is None:
+        buffers = 2 * (key.new_empty(rows, key.shape[1], 0, key.shape[3]),)
+    return tuple(F.pad(part, (0, 0, 0, capacity - part.shape[2])) for part in buffers)
+
+
+def keep_rows(buffers: dict[int, tuple[Tensor, Tensor]], rows: Tensor) -> None:
+    """Drops the others from every layer's keys and values."""
+    for layer, (keys, values) in buffers.items():
+        buffers[layer] = (keys[rows], values[rows])
 
 
 # --------------------------------------------------------------------------- episodes: one row each
@@ -273,7 +285,7 @@ class RowCache:
     def __init__(self, rows: int, device):
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         # layer -> keys, values [R, H_kv, capacity, D].
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, width: int, rows: Tensor | None = None) -> Tensor:
         """Announces `width` new tokens for these rows (ascending; None: all). -> [R, width]."""
@@ -289,38 +301,40 @@ class RowCache:
     def attend(self, layer, query, key, value, scaling, window):
         """[R, H, T, D] -> [R, H, T, D]: over all tokens of the row so far."""
         self._write(layer, key, value)
-        keys, values = (part[:, :, : self.end] for part in self.own[layer])
+        keys, values = (buffer[:, :, : self.end] for buffer in self.buffers[layer])
         if len(self.rows) < len(self.lengths):
             keys, values = keys[self.rows], values[self.rows]
+        mask = self._mask(window, query.device)
+        if query.shape[2] > 1:
+            return attention(query, keys, values, scaling, mask)
+        # One token a row: query heads that share keys become rows of one product.
+        folded = query.view(len(query), key.shape[1], -1, query.shape[3])
+        return attention(folded, keys, values, scaling, mask).view(query.shape)
+
+    def _mask(self, window: int | None, device) -> Tensor:
+        """True where a new token sees a token of its row. [R, 1, T, L], layers share it."""
         if window not in self.masks:
-            key_position = torch.arange(self.end, device=query.device)
+            key_position = torch.arange(self.end, device=device)
             mask = key_position <= self.positions[..., None]
             if window:
                 mask &= key_position > self.positions[..., None] - window
             self.masks[window] = mask[:, None]
-        if query.shape[2] > 1:
-            return attention(query, keys, values, scaling, self.masks[window])
-        # One token a row: query heads that share keys become rows of one product.
-        folded = query.view(len(query), key.shape[1], -1, query.shape[3])
-        return attention(folded, keys, values, scaling, self.masks[window]).view(query.shape)
+        return self.masks[window]
 
     def _write(self, layer, key, value):
-        if layer not in self.own:
-            empty = key.new_empty(len(self.lengths), key.shape[1], 0, key.shape[3])
-            self.own[layer] = (empty, empty)
-        capacity = self.own[layer][0].shape[2]
-        if capacity < self.end:
-            room = max(128, self.end, 3 * capacity // 2) - capacity
-            self.own[layer] = tuple(F.pad(part, (0, 0, 0, room)) for part in self.own[layer])
-        for buffer, new in zip(self.own[layer], (key, value)):
+        buffers = self.buffers.get(layer)
+        old = 0 if buffers is None else buffers[0].shape[2]
+        if old < self.end:
+            capacity = max(128, self.end, 3 * old // 2)
+            self.buffers[layer] = buffers = grown(buffers, key, len(self.lengths), capacity)
+        for buffer, new in zip(buffers, (key, value)):
             # The padding of a short row is overwritten by its next tokens.
             buffer[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
 
     def keep(self, rows: Tensor):
         """Only these rows go on."""
         self.lengths = self.lengths[rows]
-        for layer, (keys, values) in self.own.items():
-            self.own[layer] = (keys[rows], values[rows])
+        keep_rows(self.buffers, rows)
 
 
 # --------------------------------------------------------------------------- attention and sampling
@@ -368,8 +382,8 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     greedy = logits.argmax(-1)
     if not (temperature > 0).any():
         return greedy
-    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
-    cumulative = torch.softmax(logits / heat, -1).double().cumsum(-1)
+    divisor = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    cumulative = torch.softmax(logits / divisor, -1).double().cumsum(-1)
     # The sum may round to a little less or more than 1. Scaled by it, u < 1 stays below the end:
     # a token of probability 0 is never found.
     target = u[:, None] * cumulative[:, -1:]
@@ -404,38 +418,6 @@ AttentionInterface.register(NAME, tree_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def use_tree_attention(model: PreTrainedModel) -> None:
-    """Switches a causal LM to tree attention, for good: gradient checkpointing reads the setting
-    again in the backward pass. InputError where its attention cannot be reproduced exactly.
-    """
-    usual = model.config._attn_implementation
-    # A new model may have been made from the config of one that was switched.
-    if usual == NAME and hasattr(model, "scoring"):
-        return
-    if model.device.type == "meta":
-        # An outline has no weights to check.
-        model.set_attn_implementation(NAME)
-    else:
-        try:
-            check_family(model)
-        except InputError:
-            model.set_attn_implementation(usual)
-            raise
-    # A method of the model, so that sharded weights are gathered around trunk and head alike.
-    model.scoring = MethodType(scoring, model)
-    turn_dropout_off(model)
-
-
-def turn_dropout_off(model) -> None:
-    """References and old log-probs must be those that training would compute."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
-
-
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Tensor:
     """Last hidden states [R, T, d] of ids [R, T]; the head runs later, where it is needed."""
     # A 4D mask is passed on as it is. This one says no more than that `tree` decides.
@@ -444,6 +426,14 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Ten
         input_ids=ids, position_ids=positions, attention_mask=marker, use_cache=False, tree=tree
     )
     return out.last_hidden_state
+
+
+def empty_pass(model: PreTrainedModel) -> None:
+    """One token that nobody reads: sharded weights are gathered by all ranks or by none."""
+    cache = RowCache(1, model.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        forward(model, ids, cache.begin(1), cache)
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -500,148 +490,3 @@ def kv_bytes(model: PreTrainedModel, width: int) -> int:
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return 2 * config.num_hidden_layers * kv_heads * head_width * width
-
-
-# --------------------------------------------------------------------- is it exact for this model?
-
-# A made-up trunk of 12 tokens; leaves of 4 branch off it after 5 and after 9.
-CHECK_TRUNK, CHECK_BRANCHES, CHECK_LEAF = 12, (5, 9), 4
-
-
-def check_tokens(model) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """Random token ids: the trunk, and (branch, leaf) twice."""
-    generator = torch.Generator().manual_seed(0)
-    size = CHECK_TRUNK + len(CHECK_BRANCHES) * CHECK_LEAF
-    ids = torch.randint(model.config.vocab_size, (size,), generator=generator).tolist()
-    leaves = []
-    for number, branch in enumerate(CHECK_BRANCHES):
-        start = CHECK_TRUNK + number * CHECK_LEAF
-        leaves.append((branch, ids[start : start + CHECK_LEAF]))
-    return ids[:CHECK_TRUNK], leaves
-
-
-@contextmanager
-def in_float32(model):
-    """Half-precision parameters are float32 inside, without autocast: what differs is wrong."""
-    half = {}
-    for parameter in model.parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            half[parameter] = parameter.dtype
-            parameter.data = parameter.data.float()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        model.train(was_training)
-        for parameter, dtype in half.items():
-            parameter.data = parameter.data.to(dtype)
-
-
-def check_family(model) -> None:
-    """Switches to tree attention; InputError unless it gives the model's own log-probs.
-
-    No list of families decides. A made-up trunk with two leaves is scored, practised and played,
-    and compared with ordinary passes. Soft-capped attention, sinks, state-space layers and masks
-    that the tree lacks all show as a difference.
-    """
-    try:
-        trunk, leaves = check_tokens(model)
-        with in_float32(model):
-            model.set_attn_implementation("eager")
-            ordinary = [ordinary_logits(model, trunk, 0)]
-            for branch, ids in leaves:
-                ordinary.append(ordinary_logits(model, trunk[:branch] + ids, branch))
-            model.set_attn_implementation(NAME)
-            tree = TrunkAndLeaves()
-            scored = scored_logits(model, tree, trunk, leaves)
-            if not tree.kept:
-                raise InputError("its layers do not ask the tree")
-            decoded = decoded_logits(model, tree, leaves)
-            played = played_logits(model, trunk)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{unsupported(model)} fails under it ({reason})") from error
-    check_lengths(model, tree)
-    ours = torch.log_softmax(torch.cat([scored, decoded, played]).float(), -1)
-    theirs = torch.log_softmax(torch.cat([*ordinary, *ordinary[1:], ordinary[0]]).float(), -1)
-    difference = (ours - theirs).abs().max().item()
-    if not difference <= 1e-3:
-        raise InputError(
-            f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats "
-            "(soft-capping, attention sinks, another mask or no attention at all); use a model "
-            "with plain softmax attention, such as Llama, Mistral, Qwen or Gemma 3"
-        )
-
-
-def ordinary_logits(model, ids: list[int], start: int) -> Tensor:
-    """Next-token logits from token `start` on, by the model's own pass."""
-    return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, start:]
-
-
-def scored_logits(model, tree: TrunkAndLeaves, trunk: list[int], leaves: list) -> Tensor:
-    """The same for trunk and leaves by one scoring pass, which `tree` keeps."""
-    tree.kept = {}
-    tree.add_trunk(trunk)
-    tree.add_leaves(leaves)
-    ids = torch.tensor([tree.ids], device=model.device)
-    positions = torch.tensor([tree.position], device=model.device)
-    return head(model, forward(model, ids, positions, tree)[0])
-
-
-def decoded_logits(model, tree: TrunkAndLeaves, leaves: list) -> Tensor:
-    """The same for the leaves, decoded token by token from the trunk that `tree` has kept."""
-    trunks = {}
-    for layer, (keys, values) in tree.kept.items():
-        trunks[layer] = [(keys[0, :, : tree.sizes[0]], values[0, :, : tree.sizes[0]])]
-    prefix = torch.tensor([branch for branch, _ in leaves], device=model.device)
-    tokens = torch.tensor([ids for _, ids in leaves], device=model.device)
-    cache = LeafCache(trunks, torch.zeros_like(prefix), prefix)
-    logits = []
-    for ids in tokens.T:
-        position = cache.prefix + cache.length
-        logits.append(head(model, forward(model, ids[:, None], position[:, None], cache)[:, 0]))
-        cache.advance()
-    return torch.stack(logits, 1).flatten(0, 1)
-
-
-def played_logits(model, trunk: list[int]) -> Tensor:
-    """The same for the trunk, read as an episode is: a first turn, a second, one token."""
-    cache = RowCache(1, model.device)
-    logits = []
-    for start, end in ((0, 7), (7, len(trunk) - 1), (len(trunk) - 1, len(trunk))):
-        ids = torch.tensor([trunk[start:end]], device=model.device)
-        logits.append(head(model, forward(model, ids, cache.begin(end - start), cache)[0]))
-        cache.lengths += end - start
-    return torch.cat(logits)
-
-
-def check_lengths(model, tree: TrunkAndLeaves) -> None:
-    """InputError for what shows on longer sequences only: check_tokens are few."""
-    config = model.config
-    context = config.max_position_embeddings
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None)
-    told = {seen for _, seen in tree.masks}
-    if window and "sliding_attention" in kinds and window not in told and window < context:
-        raise InputError(
-            f"{unsupported(model)} is not told of its sliding window of {window} tokens; use a "
-            "model without one, or of another family"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "longrope" in str(rope):
-        raise InputError(
-            f"{unsupported(model)} has longrope, under which a token depends on how long its "
-            "neighbours in the pass are; use a model with another rope"
-        )
-    sparse = getattr(config, "index_topk", None)
-    if sparse and sparse < context:
-        raise InputError(
-            f"{unsupported(model)} attends to {sparse} tokens at most; use a model with plain "
-            "softmax attention"
-        )
-
-
-def unsupported(model) -> str:
-    return f"model family {model.config.model_type!r}: attention over trunk and leaves"

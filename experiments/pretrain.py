@@ -26,9 +26,9 @@ from benchmarks.files import kind
 from benchmarks.household import OBJECTS, STATION, TASK_TYPES, House, HouseholdEpisode
 from envs import make_env
 from rollout import score
+from system.family import use_tree_attention
 from system.model import make_tiny
 from trajectory import Encoded, Step, Trajectory, encode
-from tree import use_tree_attention
 
 
 class RandomPlayer:

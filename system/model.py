@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from system.family import use_tree_attention
 from system.files import move_into_place, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import fill, placement, shard
 from trajectory import InputError, Trajectory, stable_seed, stop_ids
-from tree import use_tree_attention
 
 # "Loading weights" and "Writing model shards" would stand between our own bars.
 transformers.logging.disable_progress_bar()

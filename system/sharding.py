@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 
-from rollout import empty_pass, score
+from rollout import score
 from system.ranks import Ranks
 from trajectory import Encoded, InputError
-from tree import kv_bytes
+from tree import empty_pass, kv_bytes
 
 
 def layers_of(policy: nn.Module) -> nn.ModuleList:

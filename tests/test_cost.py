@@ -24,10 +24,11 @@ import envs
 import stepagent
 from experiments import cost
 from rollout import practice, score
+from system.family import use_tree_attention
 from system.options import parse
 from system.sharding import training_bytes
 from trajectory import Encoded, Step, Trajectory, action_ids, encode, prompt_ids, state_ids
-from tree import chunked_head, use_tree_attention
+from tree import chunked_head
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,9 @@ import torch
 import naive
 import rollout
 from rollout import episode_figures, run_episodes
-from trajectory import InputError, Step, Trajectory, encode, stable_seed, stop_ids
-from tree import use_tree_attention
+from system.family import use_tree_attention
+from trajectory import InputError, Step, Trajectory, encode, prompt_ids, stable_seed, stop_ids
+from tree import empty_pass
 
 
 class Parrot:
@@ -124,7 +125,7 @@ def test_sampled_episodes_take_each_token_with_its_own_random_number():
     more = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
     for episode in run_episodes(model, tokenizer, Parrot(), TASKS, **more):
         generator = torch.Generator().manual_seed(stable_seed(5, episode.task_id))
-        ids = rollout.prompt_ids(tokenizer, [], episode.steps[0].observation)
+        ids = prompt_ids(tokenizer, [], episode.steps[0].observation)
         noise = torch.rand(8, generator=generator, dtype=torch.float64)
         drawn = naive.sampled(ordinary, ids, 1.0, stop_ids(tokenizer), noise)
         assert episode.steps[0].ids == drawn
@@ -262,13 +263,13 @@ def test_a_state_as_long_as_the_context_leaves_no_room_for_an_action():
     item = encode(whole, tokenizer)
     assert len(item.spans) > 2
     for step, (start, _) in enumerate(item.spans):
-        for room in (0, 1):
-            model.config.max_position_embeddings = start + room
+        for allowed in (0, 1):
+            model.config.max_position_embeddings = start + allowed
             [played] = run_episodes(model, tokenizer, Parrot(), [whole.task_id], max_new_tokens=8)
             lengths = [len(turn.ids) for turn in played.steps]
             expected = [len(turn.ids) for turn in whole.steps[:step]]
-            assert lengths == expected + [1] * room
-            if room == 0:
+            assert lengths == expected + [1] * allowed
+            if allowed == 0:
                 assert played.truncated
                 assert played.info["outgrown"] == 1
 
@@ -311,7 +312,7 @@ def test_an_empty_pass_is_one_pass():
     use_tree_attention(model)
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
-    rollout.empty_pass(model)
+    empty_pass(model)
     assert len(passes) == 1
 
 
@@ -324,11 +325,11 @@ def test_rows_that_read_together_are_alike_and_all_read_once(lengths):
     groups = rollout.of_like_length(rows, lengths.__getitem__, most=1200)
     assert sorted(sum(groups, [])) == rows
     for group in groups:
-        own = [lengths[row] for row in group]
+        lengths_read = [lengths[row] for row in group]
         assert group == sorted(group)
         if len(group) > 1:
-            assert max(own) * len(group) <= 1200
-            assert max(own) <= 2 * min(own) + 64
+            assert max(lengths_read) * len(group) <= 1200
+            assert max(lengths_read) <= 2 * min(lengths_read) + 64
 
 
 def turns(count: int) -> list[Step]:

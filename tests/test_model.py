@@ -21,6 +21,7 @@ from transformers import (
 
 import envs
 from rollout import score
+from system.family import use_tree_attention
 from system.model import (
     add_lora,
     forget,
@@ -32,7 +33,6 @@ from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import training_bytes
 from trajectory import InputError, encode
-from tree import use_tree_attention
 
 
 @dataclass

@@ -140,12 +140,12 @@ def practised_at(encoded: list[Encoded]):
     generator = torch.Generator().manual_seed(3)
     leaves, differs = [], []
     for item in encoded:
-        own = []
+        actions = []
         for step, (start, end) in enumerate(item.spans):
-            own.append((step, tiny.random_ids(3, generator)))
-            own.append(tiny.follow(item, step, end - start - step % 2, *[90] * (step % 2)))
-        leaves.append(own)
-        flags = [ids != item.ids[slice(*item.spans[step])] for step, ids in own]
+            actions.append((step, tiny.random_ids(3, generator)))
+            actions.append(tiny.follow(item, step, end - start - step % 2, *[90] * (step % 2)))
+        leaves.append(actions)
+        flags = [ids != item.ids[slice(*item.spans[step])] for step, ids in actions]
         differs.append(torch.tensor(flags).view(-1, PRACTICE))
     return leaves, differs
 
@@ -157,21 +157,21 @@ def test_implicit_loss_is_eq_6_value_and_gradients(family):
     ordinary, plain_reference = copy.deepcopy(model), copy.deepcopy(reference)
     encoded, _ = tiny.example()
     leaves, differs = practised_at(encoded)
-    pairs = int(sum(own.sum() for own in differs))
-    assert 0 < pairs < sum(own.numel() for own in differs)
+    pairs = int(sum(flags.sum() for flags in differs))
+    assert 0 < pairs < sum(flags.numel() for flags in differs)
 
     with torch.no_grad():
         before = score(reference, encoded, leaves)
     practised = []
-    for scores, own in zip(before, differs):
+    for scores, flags in zip(before, differs):
         agent = scores.leaves.view(-1, PRACTICE)
-        practised.append(SimpleNamespace(differs=own, ref_expert=scores.trunk, ref_agent=agent))
+        practised.append(SimpleNamespace(differs=flags, ref_expert=scores.trunk, ref_agent=agent))
     loss, info = implicit_loss(score(model, encoded, leaves), practised, BETA, pairs)
     loss.backward()
 
     expert, agent = [], []
-    for item, own, flags in zip(encoded, leaves, differs):
-        for (step, ids), differing in zip(own, flags.flatten().tolist()):
+    for item, actions, flags in zip(encoded, leaves, differs):
+        for (step, ids), differing in zip(actions, flags.flatten().tolist()):
             if differing:
                 start, end = item.spans[step]
                 expert.append((item.ids[:start], item.ids[start:end]))
@@ -194,8 +194,8 @@ def test_dpo_over_the_scores_is_eq_6():
     encoded, _ = tiny.example()
     leaves, _ = practised_at(encoded)
     sides = []
-    for one in (model, reference):
-        scores = score(one, encoded, leaves)
+    for policy in (model, reference):
+        scores = score(policy, encoded, leaves)
         sides.append(torch.cat([part.trunk.repeat_interleave(PRACTICE) for part in scores]))
         sides.append(torch.cat([part.leaves for part in scores]))
     expert, agent, ref_expert, ref_agent = sides

@@ -11,8 +11,8 @@ import naive
 import rollout
 import tree
 from rollout import Scores, pass_tokens, practice, run_episodes, score
+from system.family import use_tree_attention
 from trajectory import Encoded, InputError
-from tree import use_tree_attention
 
 FAMILIES = list(tiny.FAMILIES)
 OTHER_FAMILIES = list(tiny.OTHER_FAMILIES)
@@ -20,7 +20,7 @@ OTHER_FAMILIES = list(tiny.OTHER_FAMILIES)
 
 def joined(scores: list[Scores], name: str) -> torch.Tensor:
     """A field of all trajectories, one after another."""
-    return torch.cat([getattr(one, name) for one in scores])
+    return torch.cat([getattr(of_trajectory, name) for of_trajectory in scores])
 
 
 def close(found, expected, tolerance=1e-5) -> bool:
@@ -72,8 +72,8 @@ def flat(practised) -> list[list[int]]:
     """[trajectory][step][k] -> every practice action."""
     actions = []
     for steps in practised:
-        for own in steps:
-            actions += own
+        for of_step in steps:
+            actions += of_step
     return actions
 
 
@@ -118,10 +118,10 @@ def test_score_keeps_the_order_of_leaves(family):
     model = tiny.model(family)
     encoded, leaves = example()
     order = [3, 0, 4, 2, 1]
-    [one] = score(model, encoded[:1], leaves[:1])
-    [other] = score(model, encoded[:1], [[leaves[0][place] for place in order]])
-    assert close(other.leaves, one.leaves[order])
-    assert one.leaves.unique().numel() == 5
+    [scores] = score(model, encoded[:1], leaves[:1])
+    [reordered] = score(model, encoded[:1], [[leaves[0][place] for place in order]])
+    assert close(reordered.leaves, scores.leaves[order])
+    assert scores.leaves.unique().numel() == 5
 
 
 def test_score_without_leaves():
@@ -129,9 +129,9 @@ def test_score_without_leaves():
     ordinary = copy.deepcopy(model)
     encoded, _ = example()
     scores = score(model, encoded)
-    for one in scores:
-        assert one.leaves.shape == one.leaf_tokens.shape == (0,)
-        assert one.leaf_hidden.shape == (0, 32)
+    for found in scores:
+        assert found.leaves.shape == found.leaf_tokens.shape == (0,)
+        assert found.leaf_hidden.shape == (0, 32)
     assert close(joined(scores, "trunk"), naive.sums(ordinary, naive.expert_pairs(encoded)))
 
 
@@ -157,8 +157,8 @@ def test_score_alone_equals_score_among_others(family):
     model = tiny.model(family)
     encoded, leaves = late_branches()
     packed = score(model, encoded, leaves, with_entropy=True)
-    for item, own, found in zip(encoded, leaves, packed):
-        [alone] = score(model, [item], [own], with_entropy=True)
+    for item, actions, found in zip(encoded, leaves, packed):
+        [alone] = score(model, [item], [actions], with_entropy=True)
         for name, values in vars(alone).items():
             assert close(getattr(found, name), values), name
 
@@ -176,16 +176,16 @@ def test_a_pass_computes_nothing_twice(made):
     model.lm_head.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     score(model, encoded, leaves)
     new = set()
-    for item, own in zip(encoded, leaves):
-        for step, ids in own:
+    for item, actions in zip(encoded, leaves):
+        for step, ids in actions:
             rest = ids[rollout.shared(item, step, ids) :]
             new.add((item.task_id, step, tuple(rest)))
-    asked = set()
+    predictions = set()
     for state, action in naive.expert_pairs(encoded) + naive.leaf_pairs(encoded, leaves):
         for place, token in enumerate(action):
-            asked.add((*state, *action[:place], token))
+            predictions.add((*state, *action[:place], token))
     trunk_tokens = sum(len(item.ids) for item in encoded)
-    assert passes == [trunk_tokens + sum(len(rest) for *_, rest in new), len(asked)]
+    assert passes == [trunk_tokens + sum(len(rest) for *_, rest in new), len(predictions)]
     assert passes[0] == sum(map(pass_tokens, encoded, leaves))
 
 
@@ -193,8 +193,8 @@ def test_what_leaves_share_with_the_expert_is_most_of_them():
     """Or the test above would show little."""
     encoded, leaves = late_branches()
     written = 0
-    for own in leaves:
-        written += sum(len(ids) for _, ids in own)
+    for actions in leaves:
+        written += sum(len(ids) for _, ids in actions)
     trunk_tokens = sum(len(item.ids) for item in encoded)
     assert written > 2 * (sum(map(pass_tokens, encoded, leaves)) - trunk_tokens)
 
@@ -285,8 +285,8 @@ def test_an_unsupported_family_is_refused_at_its_first_use():
 def agreeing(ordinary, seed: int) -> Encoded:
     """A trajectory whose expert does what the agent will do, for three tokens."""
     state = random_ids(15, torch.Generator().manual_seed(seed))
-    own = naive.greedy(ordinary, state, 3, STOPS)
-    return Encoded([*state, *own, 95, 96], [(15, 15 + len(own) + 2)], f"agreeing {seed}")
+    action = [*naive.greedy(ordinary, state, 3, STOPS), 95, 96]
+    return Encoded([*state, *action], [(15, 15 + len(action))], f"agreeing {seed}")
 
 
 def greedy_everywhere(ordinary, encoded: list[Encoded], limit: int, stops) -> list:
@@ -319,7 +319,7 @@ def test_practice_without_the_kernel_of_cpus(family, monkeypatch):
     encoded, _ = example()
     found = practice(model, encoded, 2, 0.0, 12, STOPS)
     for steps, expected in zip(found, greedy_everywhere(ordinary, encoded, 12, STOPS)):
-        assert steps == [own * 2 for own in expected]
+        assert steps == [2 * action for action in expected]
     # Rows left the batch at different times.
     assert len({len(ids) for ids in flat(found)}) > 1
 
@@ -344,10 +344,10 @@ def test_practice_does_not_depend_on_what_the_expert_does(family, temperature):
     if temperature == 0:
         assert drawn[0] == naive.greedy(ordinary, state, 12, stops)
     experts = []
-    for own in drawn:
-        for length in {1, len(own) // 2, len(own) - 1, len(own)} - {0}:
+    for action in drawn:
+        for length in {1, len(action) // 2, len(action) - 1, len(action)} - {0}:
             for rest in ([], [96], [96] * 9):
-                experts.append(own[:length] + rest)
+                experts.append(action[:length] + rest)
     assert with_experts(5, *experts) == [[drawn]] * len(experts)
     passes = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
@@ -356,12 +356,12 @@ def test_practice_does_not_depend_on_what_the_expert_does(family, temperature):
     assert len(passes) == 1
 
 
-def kind_of(own: list[int], expert: list[int]) -> str:
+def kind_of(action: list[int], expert: list[int]) -> str:
     """How a practice action leaves the expert's."""
-    common = rollout.shared(Encoded(expert, [(0, len(expert))]), 0, own)
-    if own == expert:
+    common = rollout.shared(Encoded(expert, [(0, len(expert))]), 0, action)
+    if action == expert:
         return "equal"
-    if common == len(own):
+    if common == len(action):
         return "stops"
     if common == len(expert):
         return "beyond"
@@ -377,7 +377,7 @@ def test_practice_takes_each_token_with_its_own_random_number(family):
     """
     model = tiny.model(family, vocab=12, sharp=6.0)
     ordinary = copy.deepcopy(model)
-    heats, limit, stops = [1.0, 0.0, 0.7], 7, {3}
+    temperatures, limit, stops = [1.0, 0.0, 0.7], 7, {3}
     generator = torch.Generator().manual_seed(8)
     encoded, expected, kinds = [], [], set()
     for seed in range(6):
@@ -387,19 +387,19 @@ def test_practice_takes_each_token_with_its_own_random_number(family):
         for step in range(4):
             ids = ids + random_ids(3 * (step % 2), generator, 12)
             drawn = []
-            for heat, own_noise in zip(heats, noise[step]):
-                drawn.append(naive.sampled(ordinary, ids, heat, stops, own_noise))
+            for temperature, numbers in zip(temperatures, noise[step]):
+                drawn.append(naive.sampled(ordinary, ids, temperature, stops, numbers))
             followed = drawn[(seed + step) % 3][: (seed + step) % 4 + 1]
-            action = followed + random_ids((seed + 2 * step) % 3, generator, 12)
-            spans.append((len(ids), len(ids) + len(action)))
-            ids = ids + action
+            expert = followed + random_ids((seed + 2 * step) % 3, generator, 12)
+            spans.append((len(ids), len(ids) + len(expert)))
+            ids = ids + expert
             steps.append(drawn)
-            kinds |= {kind_of(own, action) for own in drawn}
+            kinds |= {kind_of(action, expert) for action in drawn}
         encoded.append(Encoded(ids, spans, f"t{seed}"))
         expected.append(steps)
     assert kinds == {"first", "second", "late", "equal", "stops", "beyond"}
     generators = seeded(*range(6))
-    assert practice(model, encoded, 3, heats, limit, stops, generators, 60) == expected
+    assert practice(model, encoded, 3, temperatures, limit, stops, generators, 60) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -421,10 +421,10 @@ def test_practice_ends_where_the_context_does():
     ids = random_ids(24, torch.Generator().manual_seed(2))
     found = practice(model, [Encoded(ids, [(8, 10), (15, 17), (23, 24)])], 1, 0.0, 12, {2})
     expected = []
-    for start, room in ((8, 12), (15, 9), (23, 1)):
-        expected.append(naive.greedy(ordinary, ids[:start], room, {2}))
+    for start, allowed in ((8, 12), (15, 9), (23, 1)):
+        expected.append(naive.greedy(ordinary, ids[:start], allowed, {2}))
     assert flat(found) == expected
-    assert [len(own) for own in expected] == [12, 9, 1]
+    assert [len(action) for action in expected] == [12, 9, 1]
 
 
 def test_finished_rows_do_not_stand_past_the_context():
@@ -485,8 +485,8 @@ def test_finished_rows_leave_the_batch():
     # A leaf reads what it wrote from its branch on, but for its last token.
     needed = 0
     for item, steps in zip(encoded, drawn):
-        for step, own in enumerate(steps):
-            for ids in own:
+        for step, actions in enumerate(steps):
+            for ids in actions:
                 needed += max(0, len(ids) - 1 - rollout.shared(item, step, ids))
     prefill, *decoded = rows
     assert prefill == 1

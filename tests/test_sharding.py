@@ -23,11 +23,11 @@ import envs
 from rollout import score
 from stepagent import Config
 from system import sharding
+from system.family import use_tree_attention
 from system.model import add_lora, forget, outline, read_policy, read_tokenizer
 from system.ranks import Ranks
 from system.sharding import Placement, fill, gathered, placement, room, shard, training_bytes
 from trajectory import Encoded, InputError, encode
-from tree import use_tree_attention
 
 # ------------------------------------------------------------------------------------- arithmetic
 

@@ -1,21 +1,13 @@
-"""Who sees whom, by brute force; the caches, the sampler, and which models are taken."""
+"""Who sees whom, by brute force; the caches, the sampler, the head in chunks."""
 
-import copy
 import random
 
 import pytest
 import tiny
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DiffLlamaConfig,
-    GPT2Config,
-    Phi3Config,
-    Starcoder2Config,
-)
 
 import tree
-from trajectory import InputError
+from system.family import use_tree_attention
 from tree import (
     LeafCache,
     RowCache,
@@ -26,7 +18,6 @@ from tree import (
     kv_bytes,
     sample,
     sees,
-    use_tree_attention,
 )
 
 HEADS, KV_HEADS, WIDTH, SCALING = 4, 2, 8, 0.3
@@ -105,9 +96,9 @@ def test_the_masks_of_the_pieces_are_the_paths(window):
         found = torch.zeros(len(paths), len(paths), dtype=torch.bool)
         starts = [sum(row.sizes[:piece]) for piece in range(len(row.sizes))]
         for piece, (trunk, prefix) in enumerate(zip(row.trunks, row.prefixes)):
-            own = torch.arange(starts[piece], starts[piece] + row.sizes[piece])
+            query = torch.arange(starts[piece], starts[piece] + row.sizes[piece])
             before = torch.arange(starts[trunk], starts[trunk] + prefix)
-            found[own[:, None], torch.cat([before, own])] = row.mask(piece, window, "cpu")
+            found[query[:, None], torch.cat([before, query])] = row.mask(piece, window, "cpu")
         assert torch.equal(found, seen_on_paths(paths, window))
 
 
@@ -225,8 +216,8 @@ def test_trunks_without_leaves_leave_the_cache():
     cache.advance()
     cache.keep(torch.tensor([1, 3]))
     assert cache.trunks[0][0].shape[:1] + cache.limit.shape == (2, 2, 1)
-    assert cache.reach == 5
-    assert cache.own[0][0].shape[0] == 2
+    assert cache.longest == 5
+    assert cache.leaves[0][0].shape[0] == 2
 
 
 # ------------------------------------------------------------------------------ episodes: RowCache
@@ -370,21 +361,21 @@ def test_sampling_inverts_the_whole_distribution_function(size):
     """At every token's borders and between; rounding may move a border by 1e-6."""
     generator = torch.Generator().manual_seed(size)
     logits = 3 * torch.randn(7, size, generator=generator)
-    heat = torch.tensor([0.3, 0.5, 1.0, 1.0, 1.0, 2.0, 9.0])
-    upper = torch.softmax(logits.double() / heat[:, None], -1).cumsum(-1)
+    temperature = torch.tensor([0.3, 0.5, 1.0, 1.0, 1.0, 2.0, 9.0])
+    upper = torch.softmax(logits.double() / temperature[:, None], -1).cumsum(-1)
     lower = torch.cat([torch.zeros(7, 1), upper[:, :-1]], 1)
     for token in {*range(0, size, 97), size - 1}:
         low, high = lower[:, token], upper[:, token]
         wide = high - low > 4e-6
         for noise in (low + 1e-6, (low + high) / 2, high - 1e-6):
-            drawn = sample(logits, heat, noise.clamp(max=1 - 1e-16))
+            drawn = sample(logits, temperature, noise.clamp(max=1 - 1e-16))
             assert (drawn[wide] == token).all()
     many = torch.rand(500, 7, dtype=torch.float64, generator=generator)
-    drawn = torch.stack([sample(logits, heat, noise) for noise in many], 1)
+    drawn = torch.stack([sample(logits, temperature, noise) for noise in many], 1)
     assert (upper.gather(1, drawn) + 1e-6 > many.T).all()
     assert (lower.gather(1, drawn) - 1e-6 < many.T).all()
     # A row alone draws the same.
-    alone = [sample(logits[2:3], heat[2:3], noise[2:3]) for noise in many[:50]]
+    alone = [sample(logits[2:3], temperature[2:3], noise[2:3]) for noise in many[:50]]
     assert torch.equal(drawn[2, :50], torch.cat(alone))
 
 
@@ -407,7 +398,7 @@ def test_long_stretches_of_impossible_tokens_are_never_sampled():
     around = border + torch.linspace(-2e-7, 2e-7, 400, dtype=torch.float64)
     near_one = 1 - torch.logspace(-16, -6, 200, dtype=torch.float64)
     noise = torch.cat([around, near_one.expand(50, -1)], 1)
-    drawn = torch.stack([sample(logits, torch.ones(50), one) for one in noise.T], 1)
+    drawn = torch.stack([sample(logits, torch.ones(50), column) for column in noise.T], 1)
     assert (weights.gather(1, drawn) > 0).all()
 
 
@@ -419,218 +410,6 @@ def test_sampling_from_nan_gives_a_token_id():
 
 
 # --------------------------------------------------------------------------------- the model's side
-
-BRANCH_LEAVES = [(6, [40, 41, 42]), (11, [50, 51])]
-
-
-def logits_of(model, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def packed_logits(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a trunk and its leaves by the tree, and by one ordinary pass each."""
-    trunk = list(range(10, 34))
-    row = TrunkAndLeaves()
-    row.add_trunk(trunk)
-    row.add_leaves(BRANCH_LEAVES)
-    ordinary = copy.deepcopy(model)
-    ordinary.set_attn_implementation("eager")
-    expected = [logits_of(ordinary, trunk)]
-    for branch, ids in BRANCH_LEAVES:
-        expected.append(logits_of(ordinary, trunk[:branch] + ids)[branch:])
-    with torch.no_grad():
-        positions = torch.tensor([row.position])
-        hidden = tree.forward(model, torch.tensor([row.ids]), positions, row)
-        return tree.head(model, hidden)[0], torch.cat(expected)
-
-
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_logits_are_those_of_ordinary_passes(family):
-    """Positions, windows, scaled logits: nothing of a family is lost on the way."""
-    model = tiny.model(family)
-    use_tree_attention(model)
-    found, expected = packed_logits(model)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-
-
-def assert_same_outside(model, untouched):
-    """Forward passes with and without padding, and generation, longer than the windows."""
-    ids = torch.tensor([range(20, 44), range(50, 74)])
-    left = torch.ones_like(ids)
-    left[1, :9] = 0
-    with torch.no_grad():
-        for mask in (None, left, left.flip(1)):
-            found = model(ids, attention_mask=mask).logits
-            expected = untouched(ids, attention_mask=mask).logits
-            assert torch.equal(found, expected)
-    for sampled in (False, True):
-        drawn = []
-        for one in (model, untouched):
-            torch.manual_seed(0)
-            more = {"max_new_tokens": 12, "do_sample": sampled, "pad_token_id": 0}
-            drawn.append(one.generate(ids, attention_mask=left, **more))
-        assert torch.equal(*drawn)
-        assert drawn[0].shape == (2, 36)
-
-
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_model_goes_on_working_for_others(family):
-    model = tiny.model(family)
-    untouched = copy.deepcopy(model)
-    untouched.set_attn_implementation("sdpa")
-    use_tree_attention(model)
-    packed_logits(model)
-    assert_same_outside(model, untouched)
-
-
-def test_another_attention_can_be_set_and_the_tree_again():
-    model = tiny.model("mistral")
-    untouched = copy.deepcopy(model)
-    use_tree_attention(model)
-    model.set_attn_implementation("eager")
-    ids = list(range(24))
-    assert torch.equal(logits_of(model, ids), logits_of(untouched, ids))
-    use_tree_attention(model)
-    torch.testing.assert_close(*packed_logits(model), atol=1e-4, rtol=1e-5)
-
-
-def test_a_copy_scores_with_its_own_weights():
-    model = tiny.model()
-    use_tree_attention(model)
-    twin = copy.deepcopy(model)
-    twin.model.layers[-1].mlp.down_proj.weight.data.zero_()
-    row = TrunkAndLeaves()
-    row.add_trunk([5, 6, 7, 8])
-    question = (torch.tensor([2]), torch.tensor([8]))
-    positions = torch.tensor([row.position])
-    for one in (model, twin):
-        _, logps, _ = one.scoring(torch.tensor([row.ids]), positions, row, *question, False)
-        expected = logits_of(one, row.ids)[2].log_softmax(-1)[8]
-        assert logps.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_a_new_model_from_a_scored_model_s_config_scores_too():
-    model = tiny.model()
-    use_tree_attention(model)
-    fresh = AutoModelForCausalLM.from_config(model.config).eval()
-    use_tree_attention(fresh)
-    assert fresh.scoring.__self__ is fresh
-    torch.testing.assert_close(*packed_logits(fresh), atol=1e-4, rtol=1e-4)
-
-
-REASONS = {
-    "gemma2": "soft-capping",
-    "stablelm": "its layers do not ask the tree",
-    "gpt_oss": "sinks",
-    "mamba": "fails under it",
-    "falcon": "its layers do not ask the tree",
-    "phimoe": "not told of its sliding window of 30 tokens",
-    "doge": "not told of its sliding window of 30 tokens",
-}
-
-
-@pytest.mark.parametrize("family", tiny.REFUSED)
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_refused_model_stays_as_it_was(family, is_training):
-    model = tiny.model(family)
-    before = logits_of(model, list(range(12)))
-    attention = model.config._attn_implementation
-    model.train(is_training)
-    for _ in range(2):
-        with pytest.raises(InputError, match=REASONS[family]) as error:
-            use_tree_attention(model)
-        assert f"model family {family!r}" in str(error.value)
-        assert "\n" not in str(error.value)
-        assert model.config._attn_implementation == attention
-        assert model.training == is_training
-    assert torch.equal(logits_of(model.eval(), list(range(12))), before)
-
-
-def test_half_precision_weights_are_checked_in_float32():
-    """Their own passes differ by whole nats where logits are large. The weights stay."""
-    model = tiny.model().bfloat16()
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    use_tree_attention(model)
-    for name, weight in model.named_parameters():
-        assert weight.dtype == torch.bfloat16 and torch.equal(weight, before[name])
-
-
-def other_model(config, **options):
-    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    size |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**size | options)).eval()
-
-
-def test_a_model_that_attends_twice_a_layer_cannot_be_practised_with():
-    """DiffLlama: scoring alone would be exact."""
-    with pytest.raises(InputError, match="'diffllama': attention over trunk and leaves differs"):
-        use_tree_attention(other_model(DiffLlamaConfig))
-
-
-def test_training_has_no_dropout():
-    """Starcoder2 keeps its rates as plain numbers, GPT-2 in modules."""
-    for config in (Starcoder2Config, GPT2Config):
-        model = other_model(config, residual_dropout=0.5, embedding_dropout=0.5, resid_pdrop=0.5)
-        use_tree_attention(model)
-        ids = torch.arange(12)[None]
-        evaluated = model.eval()(ids).logits
-        torch.testing.assert_close(model.train()(ids).logits, evaluated, atol=1e-6, rtol=1e-6)
-
-
-def test_longrope_is_refused():
-    """What a token is depends on the longest position in its pass."""
-    factors = [1.0] * 4
-    rope = {"rope_type": "longrope", "long_factor": factors, "short_factor": factors}
-    rope |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
-    model = other_model(Phi3Config, rope_parameters=rope)
-    with pytest.raises(InputError, match="'phi3': .* has longrope"):
-        use_tree_attention(model)
-
-
-@pytest.mark.parametrize("window", [None, 256])
-def test_a_window_as_long_as_the_context_is_none(window):
-    model = tiny.model("phimoe", context=256, sliding_window=window)
-    use_tree_attention(model)
-    torch.testing.assert_close(*packed_logits(model), atol=1e-3, rtol=1e-4)
-
-
-def sees_past_the_branch(position, leaf, branch, query, key, window=None):
-    return sees(position, leaf, branch + 1, query, key, window)
-
-
-def sees_other_leaves(position, leaf, branch, query, key, window=None):
-    return sees(position, leaf.clamp(max=0), branch, query, key, window)
-
-
-def sees_a_longer_window(position, leaf, branch, query, key, window=None):
-    return sees(position, leaf, branch, query, key, None if window is None else window + 1)
-
-
-@pytest.mark.parametrize("wrong", [sees_past_the_branch, sees_other_leaves, sees_a_longer_window])
-def test_the_check_notices_a_wrong_mask(monkeypatch, wrong):
-    monkeypatch.setattr(tree, "sees", wrong)
-    with pytest.raises(InputError, match="differs from its own forward pass"):
-        use_tree_attention(tiny.model("mistral"))
-
-
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_model_in_half_precision_is_taken_and_keeps_its_mode(is_training):
-    model = tiny.model(sharp=1.0).bfloat16().train(is_training)
-    use_tree_attention(model)
-    assert model.config._attn_implementation == tree.NAME
-    assert model.training == is_training
-
-
-def test_an_outline_without_weights_is_not_checked():
-    config = tiny.model("gemma2").config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    use_tree_attention(model)
-    assert model.config._attn_implementation == tree.NAME
-    assert model.scoring.__self__ is model
 
 
 @pytest.mark.parametrize("most, times", [(0, 2), (10**9, 1)])
@@ -668,7 +447,7 @@ def test_kv_bytes_are_what_a_prefill_keeps(family):
     row.add_trunk(list(range(10)))
     row.kept = {}
     with torch.no_grad():
-        tree.forward(model, torch.tensor([row.ids]), torch.tensor([row.position]), row)
+        tree.forward(model, *row.tensors("cpu"), row)
     size = 0
     for keys, values in row.kept.values():
         size += keys.nbytes + values.nbytes

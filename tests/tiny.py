@@ -108,8 +108,9 @@ def example(vocab: int = 97):
     ]
     lengths = [[(2, 4), (0, 3), (0, 1), (2, 2), (0, 12)], [(0, 5)], []]
     leaves = []
-    for own in lengths:
-        leaves.append([(step, random_ids(count, generator, vocab)) for step, count in own])
+    for of_trajectory in lengths:
+        actions = [(step, random_ids(count, generator, vocab)) for step, count in of_trajectory]
+        leaves.append(actions)
     return encoded, leaves
 
 
