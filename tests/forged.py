@@ -78,10 +78,10 @@ def after(out: Path, monkeypatch, write: Writer, *words: str) -> Agent:
     return opened(out, *words)
 
 
-def nudge(policy: torch.nn.Module) -> None:
+def nudge(policy: torch.nn.Module, sign: int = 1) -> None:
     """Another policy, near this one."""
     for weight in policy.parameters():
-        weight.data += 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
+        weight.data += sign * 0.01 * torch.sin(torch.arange(weight.numel()).view_as(weight).float())
 
 
 def assert_ppo_loss(loss, info: dict, policy, actions: list, count: int) -> None:

@@ -1,7 +1,6 @@
 """PPO on whole episodes, for Table 2's PPO and Table 3's rewards `final` and `both`."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +22,8 @@ import baselines
 import losses
 import naive
 from baselines import read_advantages, read_played
-from discriminator import Head
 from rollout import score
-from stepagent import Config
-from system.files import write_tensors
+from system.model import read_back
 from training import Agent
 from trajectory import InputError
 
@@ -251,22 +248,46 @@ def test_both_rewards_weigh_alike_and_a_cut_episodes_last_state_has_none(
     assert {"inspect", "discriminate", "explore", "judge"} <= kinds
 
 
-def test_a_step_is_judged_by_the_discriminator_that_did_not_learn_from_its_task(tmp_path):
-    """Heads that say +3 and -3, whatever they see; log D + log 2 is clamped at both ends."""
-    agent = Agent(Config(), None, None, None, [], None, None, [], 1)
-    agent.run = SimpleNamespace(path=lambda name: tmp_path / name)
-    for fold, bias in ((0, 3.0), (1, -3.0)):
-        head = Head(4)
-        for weight in head.parameters():
-            weight.data.zero_()
-        head.mlp[-1].bias.data.fill_(bias)
-        path = tmp_path / f"iter_2/discriminator_{fold}.safetensors"
-        write_tensors(path, head.state_dict())
-    places = torch.tensor([0, 1, 1, 2, 3])
-    found = baselines.step_rewards(agent, 2, torch.randn(5, 4), places)
-    high = math.log(2) + math.log(1 / (1 + math.exp(-3)))
-    low = -math.log(2)
-    assert found.tolist() == pytest.approx([high, low, low, high, low])
+@pytest.mark.parametrize("scores", ["learnt", "held-out"])
+def test_a_step_is_rewarded_by_the_saved_discriminators(tmp_path, monkeypatch, model, scores):
+    """log D + log 2, clamped at both ends, by naive passes; the policy comes back to the bit."""
+
+    def write(expert, number):
+        return changed(expert, number, float(number % 2))
+
+    words = [*QUIET, "--method", "stepagent-inverse", "--reward", "both", "--iterations", "1"]
+    words += ["--d-scores", scores, "--model", model]
+    agent = after(tmp_path / "x", monkeypatch, write, *words)
+    names = ["discriminator"] if scores == "learnt" else ["discriminator_0", "discriminator_1"]
+    for number, name in enumerate(names):
+        nudge(agent.policy, -1 if number else 1)
+        agent.save(f"iter_1/{name}")
+        read_back_first(agent)
+    policy = {name: weight.clone() for name, weight in agent.policy.state_dict().items()}
+    played = read_played(agent, 1)
+    before = [naive_sums(agent, "sft/policy", one) for one in played]
+    found = baselines.step_rewards(agent, 1, played, before)
+    assert same_bits(policy, agent.policy.state_dict())
+    places = agent.fold_places()
+    expected = []
+    for one, old in zip(played, before):
+        name = names[places[one.task_id] % 2 if len(names) == 2 else 0]
+        logits = naive_sums(agent, f"iter_1/{name}", one) - old
+        reward = torch.nn.functional.logsigmoid(logits) + math.log(2)
+        expected.append(reward.clamp(-math.log(2), math.log(2)))
+    expected = torch.cat(expected)
+    assert torch.allclose(found, expected, atol=1e-3) and expected.std() > 0.01
+
+
+def read_back_first(agent: Agent) -> None:
+    agent.run.state["policy"] = "sft/policy"
+    read_back(agent.run, agent.ranks, agent.policy)
+
+
+def naive_sums(agent: Agent, folder: str, one) -> torch.Tensor:
+    policy = LlamaForCausalLM.from_pretrained(agent.run.path(folder), attn_implementation="eager")
+    with torch.no_grad():
+        return naive.sums(policy, naive.expert_pairs([one.encoded]))
 
 
 @pytest.mark.parametrize("reward", ["final", "both"])
@@ -276,5 +297,5 @@ def test_whole_episode_rewards_of_inverse_go_through_their_phases(tmp_path, mode
     out = run(tmp_path / "x", *words, "--model", model)
     kinds = {row["phase"] for row in metrics(out)}
     assert kinds == {"sft", "explore", "judge", "stepagent-inverse"} | (
-        {"inspect", "discriminate"} if reward == "both" else set()
+        {"inspect", "discriminator", "discriminate"} if reward == "both" else set()
     )

@@ -16,7 +16,6 @@ from types import ModuleType
 
 import pytest
 from ranks import QUIET, WORLD, finish, metrics, same_bits, start, two_layers, weights
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import envs
@@ -195,8 +194,9 @@ def test_another_loss(copy):
 def test_another_step_reward(copy):
     """Above 0 where D is surer than even that the action is the expert's."""
     out = follow("Another step reward", copy, *SMALL_HOUSEHOLD)
-    log_d = load_file(out / "iter_1" / "log_d.safetensors")
-    assert 0 < log_d["expert"].max() <= 5 and -5 <= log_d["agent"].min() < 0
+    rows = [json.loads(line) for line in (out / "iter_1" / "practice.jsonl").open()]
+    of_agent = [log_d for row in rows for log_d in row["practice_log_d"]]
+    assert 0 < max(row["expert_log_d"] for row in rows) <= 5 and -5 <= min(of_agent) < 0
     assert metrics(out, "inverse")
 
 
