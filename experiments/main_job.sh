@@ -26,11 +26,11 @@ run() {
         --env household --model models/tiny-household --seed "$seed" "$@"
 }
 
-# The learning rates are from `reproduce.py tune`.
+# The learning rates are from `reproduce.py tune`, but for Inverse's: a trial on two dev seeds.
 run --method sft --out "$out/sft"
 run --method stepagent-implicit --init "$out/sft/policy" --lr 1.5e-4 --out "$out/implicit"
 run --method sft+ --init "$out/sft/policy" --lr 5e-4 --match "$out/implicit" --out "$out/sft_plus"
-run --method stepagent-inverse --init "$out/sft/policy" --lr 5e-5 --batch 256 --out "$out/inverse"
+run --method stepagent-inverse --init "$out/sft/policy" --lr 1.5e-4 --batch 256 --out "$out/inverse"
 
 echo
 "$bin/python" experiments/compare.py --out "$out/table.md" \
