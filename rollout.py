@@ -51,9 +51,6 @@ class Scores:
     leaf_entropy: Tensor | None
     # [S, d] at the state's last token, before the action.
     state_hidden: Tensor
-    # [S, d], [N, d] at the action's last token.
-    trunk_hidden: Tensor
-    leaf_hidden: Tensor
 
 
 def score(
@@ -182,8 +179,6 @@ def read_scores(
         trunk_entropy=None if entropies is None else entropies[of_expert],
         leaf_entropy=None if entropies is None else entropies[of_agent],
         state_hidden=hidden[numbers([action.row[0] for action in expert])],
-        trunk_hidden=hidden[numbers([action.row[-1] for action in expert])],
-        leaf_hidden=hidden[numbers([action.row[-1] for action in agent])],
     )
 
 

@@ -312,8 +312,6 @@ def forged_scores(encoded: Encoded, actions: list, first: float) -> Scores:
         trunk_entropy=None,
         leaf_entropy=None,
         state_hidden=count(steps, 2),
-        trunk_hidden=count(steps, 2),
-        leaf_hidden=count(len(leaves), 2),
     )
 
 
