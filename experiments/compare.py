@@ -115,7 +115,9 @@ def spent(paths: list[str]) -> dict[str, float]:
     for path in paths:
         metrics = load(path)["metrics"]
         updates = [row for row in metrics if "grad_norm" in row]
-        count = sum(row.get("updates", 1) for row in updates)
+        # Of the policy: a discriminator's cost tokens and time, and count as such.
+        of_policy = [row for row in updates if not row["phase"].startswith("discriminator")]
+        count = sum(row.get("updates", 1) for row in of_policy)
         trained = sum(row["tokens"] for row in updates)
         # What the agent wrote to learn from: its own episodes and practice.
         written = [row["tokens"] for row in metrics if row["phase"] == "explore"]

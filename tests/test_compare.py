@@ -22,6 +22,9 @@ def make(folder, seed, won, rate=1.0):
     (folder / "config.json").write_text(json.dumps({"config": {"seed": seed}}))
     inspection = {"match_text": 0.5, "match_action": 0.75, "practice_tokens": 4000, "seconds": 60.0}
     rows = [{"phase": "inspect", "iteration": 1, "step": 0, "time": 1.0} | inspection]
+    # The discriminator's updates are not the policy's.
+    update = {"grad_norm": 1.0, "tokens": 1000, "seconds": 30.0}
+    rows.append({"phase": "discriminator", "iteration": 1, "step": 0, "time": 2.0} | update)
     for step in (1, 2):
         update = {"grad_norm": rate * step, "tokens": 1000, "seconds": 30.0}
         rows.append({"phase": "implicit", "iteration": 1, "step": step, "time": 2.0} | update)
@@ -55,12 +58,12 @@ def test_a_table_pairs_tasks_and_counts_what_was_spent(runs):
     ours = figures["StepAgent-Implicit"]
     assert ours["test"][0] == 0.625 and ours["minus SFT+"][0] == 0.25
     assert ours["by seed"] == [0.25, 0.25]
-    assert (ours["updates"], ours["million tokens"]) == (2, 0.002)
-    assert (ours["sampled, thousand"], ours["minutes"]) == (4, 2)
+    assert (ours["updates"], ours["million tokens"]) == (2, 0.003)
+    assert (ours["sampled, thousand"], ours["minutes"]) == (4, 2.5)
     assert "| 1 | 50.0 / 75.0 | 50.0 / 75.0 |" in compare.agreement(runs)
     control, own = compare.table(figures)
     assert control["minus SFT+"] == control["by seed"] == ""
-    assert own["by seed"] == "+25.0, +25.0" and own["updates"] == "2" and own["minutes"] == "2.0"
+    assert own["by seed"] == "+25.0, +25.0" and own["updates"] == "2" and own["minutes"] == "2.5"
 
 
 def test_what_is_kept_of_a_run_makes_the_same_table(runs, tmp_path):
@@ -74,8 +77,8 @@ def test_what_is_kept_of_a_run_makes_the_same_table(runs, tmp_path):
     assert compare.compare(kept, "SFT+", SPLITS) == figures
     assert compare.agreement(kept) == compare.agreement(runs)
     metrics = compare.load(kept["SFT+"][0])["metrics"]
-    assert [row.get("updates") for row in metrics] == [None, 2]
-    assert (metrics[1]["grad_norm"], metrics[1]["tokens"]) == (1.5, 2000)
+    assert [row.get("updates") for row in metrics] == [None, 1, 2]
+    assert (metrics[2]["grad_norm"], metrics[2]["tokens"]) == (1.5, 2000)
 
 
 def test_runs_of_other_seeds_or_tasks_are_not_paired(runs, tmp_path):
