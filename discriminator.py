@@ -28,19 +28,19 @@ from trajectory import InputError
 # ------------------------------------------------------------------------------------------------ D
 
 
-class Judged(NamedTuple):
-    """What D says of one trajectory's actions: [S] the expert's, [S, K] practice."""
+class ActionValues(NamedTuple):
+    """A number for each action of one trajectory, D's logit or log D: [S], [S, K]."""
 
     expert: Tensor
     agent: Tensor
 
 
-def logits_of(now: Scores, before: Practised) -> Judged:
+def logits_of(now: Scores, before: Practised) -> ActionValues:
     """Logits of D. now: scores by phi; before: those by pi_i."""
     device = now.trunk.device
     expert = now.trunk - before.ref_expert.to(device)
     agent = now.leaves.view(before.ref_agent.shape) - before.ref_agent.to(device)
-    return Judged(expert, agent)
+    return ActionValues(expert, agent)
 
 
 def discriminator_loss(scores: list[Scores], micro: list[Practised], batch: list[Practised]):
@@ -77,7 +77,7 @@ def split_by_part(agent: Agent, items: list, part: int | None) -> tuple[list, li
     return halves[1 - part], halves[part]
 
 
-def save_logits(agent: Agent, i: int, part: int | None, judged: list[Judged]) -> None:
+def save_logits(agent: Agent, i: int, part: int | None, judged: list[ActionValues]) -> None:
     if agent.ranks.rank == 0:
         tensors = {
             "expert": torch.cat([one.expert for one in judged]),
@@ -86,7 +86,7 @@ def save_logits(agent: Agent, i: int, part: int | None, judged: list[Judged]) ->
         write_tensors(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"), tensors)
 
 
-def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[Judged]:
+def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[ActionValues]:
     """log D of every action, line 12, in the order of `practised`."""
     log_d = {}
     for part in parts_of(agent.config):
@@ -96,11 +96,13 @@ def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[Judged]
         expert = losses.step_reward(saved["expert"]).split(steps)
         actions = losses.step_reward(saved["agent"]).split(steps)
         for one, *of_one in zip(scored, expert, actions):
-            log_d[one.task_id] = Judged(*of_one)
+            log_d[one.task_id] = ActionValues(*of_one)
     return [log_d[one.task_id] for one in practised]
 
 
-def figures_of(judged: list[Judged], practised: list[Practised], where: str) -> dict[str, float]:
+def figures_of(
+    judged: list[ActionValues], practised: list[Practised], where: str
+) -> dict[str, float]:
     """How well D tells expert from practice; where: learnt or held_out, the end of the names."""
     if not judged:
         return {}
@@ -121,7 +123,7 @@ def figures_of(judged: list[Judged], practised: list[Practised], where: str) -> 
     return figures
 
 
-def reward_figures(log_d: list[Judged], practised: list[Practised]) -> dict[str, float]:
+def reward_figures(log_d: list[ActionValues], practised: list[Practised]) -> dict[str, float]:
     """What log D, the reward, says of expert and practice actions."""
     expert = torch.cat([one.expert for one in log_d])
     agent = torch.cat([one.agent for one in log_d])

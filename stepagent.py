@@ -40,7 +40,7 @@ from torch import Tensor
 import baselines
 import losses
 from discriminator import (
-    Judged,
+    ActionValues,
     discriminator_loss,
     figures_of,
     logits_of,
@@ -505,7 +505,7 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     if part is None:
         temperatures = [config.temperature] * config.practice
         label = f"iteration {i}: practice for D's test"
-        unseen = practise(agent, agent.held_out("dev", 100), temperatures, label, i)
+        unseen = practise(agent, agent.held_out("dev", agent.prompt)[:100], temperatures, label, i)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
         scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
@@ -542,7 +542,9 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     run.say(f"discriminate {i}: D's AUC is {', '.join(said)} (chance: 0.5); {took(started)}")
 
 
-def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: list[Judged]) -> None:
+def reflect_inverse(
+    agent: Agent, i: int, practised: list[Practised], log_d: list[ActionValues]
+) -> None:
     """Line 12: clipped PPO on the practice actions, with reward log D (reading 10)."""
     config = agent.config
     # [S, K] a trajectory, or [S, 1 + K] with the expert's own action first.
@@ -585,7 +587,7 @@ def reflect_inverse(agent: Agent, i: int, practised: list[Practised], log_d: lis
     reflect(agent, "inverse", i, shuffled, loss_of)
 
 
-def step_advantages(log_d: list[Judged], with_expert: bool = False) -> list[Tensor]:
+def step_advantages(log_d: list[ActionValues], with_expert: bool = False) -> list[Tensor]:
     """[S, K] a trajectory: log D minus its baseline, whitened over all actions (reading 10).
 
     with_expert: the expert's action is one more of the state's group and comes first, [S, 1 + K].
@@ -659,25 +661,26 @@ def evaluate(agent: Agent, name: str, splits: str) -> None:
         for episode in episodes:
             unparsed += sum(parse_action(step.action) is None for step in episode.steps)
         figures = episode_figures(episodes, agent.env)
-        figures |= agreement(agent, split, name)
+        figures |= agreement(agent, split, name, prompt)
         run.log("eval", iteration, 0, split=split, name=name, unparsed=unparsed, **figures)
         low, high = figures["success_interval"]
-        agrees = f", mean reward {figures['reward']:.3f}"
+        agrees = ""
         if "expert_match" in figures:
-            agrees = f", the expert's action in {figures['expert_match']:.1%} of its states"
+            agrees = f", the expert's action in {figures['expert_match']:.1%}"
         run.say(
             f"{name}: success on {split} {figures['success']:.1%} [{low:.1%}, {high:.1%}] of "
-            f"{figures['tasks']} tasks{agrees}; {took(started)}"
+            f"{figures['tasks']} tasks, reward {figures['reward']:.3f}{agrees}; "
+            f"{took(started)}"
         )
 
 
-def agreement(agent: Agent, split: str, name: str) -> dict:
+def agreement(agent: Agent, split: str, name: str, prompt: list[dict]) -> dict:
     """How near the policy is to the expert at states of tasks that nobody learns from.
 
     expert_nll: nats of the expert's action. expert_match: how often the greedy action is the
     expert's; expert_match_sampled: a sampled one. Section 5 says that these distributions meet.
     """
-    demonstrations = agent.held_out(split)
+    demonstrations = agent.held_out(split, prompt)
     if not demonstrations:
         return {}
     label = f"{name}: agreement on {split}"
@@ -734,9 +737,12 @@ def prepare(config: Config, method: Method) -> Agent:
                 f"{limit}; remove it from the expert data or take a model with a longer context"
             )
         demonstrations.append(Demonstration(expert, encoded))
-    return Agent(
+    agent = Agent(
         config, ranks, run, env, prompt, policy, tokenizer, demonstrations, rounds(config, method)
     )
+    for split in split_names(f"{config.eval_splits},{config.eval_each}"):
+        agent.held_out(split, prompt)
+    return agent
 
 
 def check(config: Config, method: Method) -> None:

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -71,8 +71,6 @@ class Agent:
     experts: list[Demonstration]
     # Iterations of the run: reflection's learning rate falls over all of them.
     iterations: int
-    # Split -> demonstrations that nobody learns from, see held_out.
-    shown: dict[str, list[Demonstration]] = field(default_factory=dict)
 
     @property
     def sft_set(self) -> list[Demonstration]:
@@ -84,24 +82,22 @@ class Agent:
         """At whose states the agent practises: the last --practice-experts."""
         return self.experts[-(self.config.practice_experts or len(self.experts)) :]
 
-    def held_out(self, split: str, most: int = 300) -> list[Demonstration]:
-        """The world's own expert on some tasks of a split, which nobody learns from.
+    def held_out(self, split: str, prompt: list[dict]) -> list[Demonstration]:
+        """The world's own expert on at most 300 tasks of a split, which nobody learns from.
 
         None where the world has no such split, or where experts come from a file: its authors may
         act in other words.
         """
-        if split not in self.shown:
-            most = min(most, self.config.eval_tasks or most)
-            tasks = some(self.env.splits.get(split, []), most)
-            found = [] if self.config.expert else load_shown(self.run, self.env, split, tasks)
-            limit = self.policy.config.max_position_embeddings
-            self.shown[split] = []
-            for trajectory in found:
-                trajectory.prompt = self.prompt
-                encoded = encode(trajectory, self.tokenizer)
-                if encoded.tokens <= limit:
-                    self.shown[split].append(Demonstration(trajectory, encoded))
-        return self.shown[split]
+        if self.config.expert or split not in self.env.splits:
+            return []
+        tasks = some(self.env.splits[split], min(300, self.config.eval_tasks or 300))
+        found = []
+        for trajectory in load_shown(self.run, self.env, split, tasks):
+            trajectory.prompt = prompt
+            encoded = encode(trajectory, self.tokenizer)
+            if encoded.tokens <= self.policy.config.max_position_embeddings:
+                found.append(Demonstration(trajectory, encoded))
+        return found
 
     def seed(self, *parts) -> int:
         return stable_seed(self.config.seed, *parts)

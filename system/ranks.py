@@ -60,14 +60,6 @@ class Ranks:
         dist.all_gather_object(parts, part)
         return parts
 
-    def collect(self, part: dict) -> list[dict]:
-        """Every rank's part on rank 0, an empty list elsewhere."""
-        if self.world == 1:
-            return [part]
-        parts = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(part, parts)
-        return parts or []
-
     def sum_gradients(self, policy: nn.Module, info: dict[str, float]) -> dict[str, float]:
         """Sums gradients, in place, and figures over the ranks; FSDP has summed its gradients."""
         if self.world == 1:

@@ -15,7 +15,6 @@ from ranks import (
     metrics,
     run,
     same_bits,
-    two_layers,
     weights,
 )
 from transformers import LlamaForCausalLM
@@ -37,13 +36,6 @@ from trajectory import InputError, Step, Trajectory, encode
 
 ONE = [*QUIET, "--method"]
 SUCCESS, FAILURE = "What follows solves the task.", "What follows fails at the task."
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 def rows(out: Path, name: str) -> list[dict]:

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 import losses
 from discriminator import (
     FOLDS,
+    ActionValues,
     Fold,
     Head,
-    Judged,
     figures_of,
     fit,
     fold_of,
@@ -35,8 +35,8 @@ def practice_of(*differs: list[bool]) -> SimpleNamespace:
 def test_figures_of_a_discriminator_by_hand():
     """Two trajectories, of two steps and of one, K = 2."""
     judged = [
-        Judged(torch.tensor([2.0, 0.0]), torch.tensor([[1.0, 3.0], [0.0, -1.0]])),
-        Judged(torch.tensor([1.0]), torch.tensor([[-2.0, 1.0]])),
+        ActionValues(torch.tensor([2.0, 0.0]), torch.tensor([[1.0, 3.0], [0.0, -1.0]])),
+        ActionValues(torch.tensor([1.0]), torch.tensor([[-2.0, 1.0]])),
     ]
     practised = [practice_of([True, True], [False, True]), practice_of([True, False])]
     found = figures_of(judged, practised, "held_out")
@@ -63,15 +63,15 @@ def test_the_bound_on_the_divergence_is_met_by_the_best_discriminator():
     agent = torch.tensor([[log3], [-log3], [-log3], [-log3]])
     practised = [SimpleNamespace(differs=torch.ones(4, 1, dtype=torch.bool))]
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    best = figures_of([Judged(expert, agent)], practised, "held_out")["js"]
+    best = figures_of([ActionValues(expert, agent)], practised, "held_out")["js"]
     assert best == pytest.approx(divergence)
     for factor in (0.5, 2.0):
-        other = Judged(factor * expert, factor * agent)
+        other = ActionValues(factor * expert, factor * agent)
         assert figures_of([other], practised, "held_out")["js"] < best
 
 
 def test_reward_figures_by_hand():
-    log_d = [Judged(torch.tensor([-0.1, -0.3]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))]
+    log_d = [ActionValues(torch.tensor([-0.1, -0.3]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))]
     found = reward_figures(log_d, [practice_of([False, True], [True, True])])
     assert found["log_d_expert"] == pytest.approx(-0.2)
     assert found["log_d_agent"] == pytest.approx(-2.5)

@@ -14,7 +14,7 @@ from forged import (
     nudge,
     opened,
 )
-from ranks import QUIET, metrics, run, same_bits, two_layers
+from ranks import QUIET, metrics, run, same_bits
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -28,13 +28,6 @@ from training import Agent
 from trajectory import InputError
 
 ONE = [*QUIET, "--method"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 def constant_values(monkeypatch, value: float, fitted: list) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ranks import two_layers
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -50,13 +49,6 @@ class Options:
     lora_rank: int = 0
     micro_tokens: int = 8192
     checkpointing: bool = False
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from ranks import (
     metrics,
     run,
     same_bits,
-    two_layers,
     weights,
 )
 from transformers import LlamaForCausalLM
@@ -22,21 +21,13 @@ from transformers import LlamaForCausalLM
 import envs
 import naive
 import stepagent
-from discriminator import Judged, read_log_d
+from discriminator import ActionValues, read_log_d
 from rollout import score
 from stepagent import METHODS, Config, prepare, step_advantages
 from training import Agent, Demonstration, Practised, read_practice
 from trajectory import Encoded, InputError, Trajectory
 
 ONE = [*QUIET, "--iterations", "1"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A policy of two layers that has learnt nothing."""
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -266,20 +257,20 @@ def test_the_implicit_loss_is_the_naive_one(tmp_path, monkeypatch, start_from):
 
 def test_advantages_compare_the_actions_of_a_state_by_hand():
     """The baseline is the mean of the state's other actions; then all are whitened together."""
-    two = Judged(torch.zeros(2), torch.tensor([[-1.0, -2.0], [-3.0, -3.0]]))
-    one = Judged(torch.zeros(1), torch.tensor([[-1.0, -4.0]]))
+    two = ActionValues(torch.zeros(2), torch.tensor([[-1.0, -2.0], [-3.0, -3.0]]))
+    one = ActionValues(torch.zeros(1), torch.tensor([[-1.0, -4.0]]))
     first, second = step_advantages([two, one])
     # 1, -1, 0, 0 and 3, -3: mean 0, variance 20 / 6.
     deviation = math.sqrt(20 / 6)
     assert torch.allclose(first * deviation, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
     assert torch.allclose(second * deviation, torch.tensor([[3.0, -3.0]]))
     # Three actions.
-    [only] = step_advantages([Judged(torch.zeros(1), torch.tensor([[0.0, -2.0, -4.0]]))])
+    [only] = step_advantages([ActionValues(torch.zeros(1), torch.tensor([[0.0, -2.0, -4.0]]))])
     assert torch.allclose(only, torch.tensor([[3.0, 0.0, -3.0]]) / math.sqrt(6))
 
 
 def test_a_single_action_is_compared_with_those_of_all_states():
-    lone = [Judged(torch.zeros(2), torch.tensor([[-1.0], [-3.0]]))]
+    lone = [ActionValues(torch.zeros(2), torch.tensor([[-1.0], [-3.0]]))]
     [advantage] = step_advantages(lone)
     assert torch.allclose(advantage, torch.tensor([[1.0], [-1.0]]))
 
@@ -291,7 +282,7 @@ def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, mon
         found = []
         for one in practised:
             rewards = torch.tensor([0.0, -1.0]).repeat(len(one.actions), 1)
-            found.append(Judged(torch.zeros(len(one.actions)), rewards))
+            found.append(ActionValues(torch.zeros(len(one.actions)), rewards))
         return found
 
     monkeypatch.setattr(stepagent, "read_log_d", read_log_d)
@@ -322,7 +313,7 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     log_d = []
     for one in batch:
         rewards = torch.randn(one.ref_agent.shape, generator=generator)
-        log_d.append(Judged(one.ref_expert, rewards))
+        log_d.append(ActionValues(one.ref_expert, rewards))
     given = {}
 
     def record(agent, name, iteration, batches, loss_of, rate_at):
@@ -346,6 +337,53 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     passes = [tuple(order[first : first + 3]) for first in range(0, len(order), 3)]
     assert [len(set(names)) for names in passes] == [3, 3, 3] and len(set(passes)) > 1
     assert [len(one_batch) for one_batch in given["batches"]] == [1] * 9
+
+
+def test_the_experts_action_in_the_group_by_hand():
+    """It comes first, is one of the baseline's actions, and stands on its own tokens."""
+    log_d = [ActionValues(torch.tensor([0.0]), torch.tensor([[-1.0, -2.0]]))]
+    [advantage] = step_advantages(log_d, with_expert=True)
+    # 0 against -1.5, -1 against -1, -2 against -0.5: 1.5, 0, -1.5.
+    assert torch.allclose(advantage, torch.tensor([[1.0, 0.0, -1.0]]) * math.sqrt(1.5))
+
+
+def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, start_from):
+    """Clipped PPO over the tokens of expert and practice, by naive passes."""
+    words = [*INVERSE, "--lr", "0", "--entropy", "0", "--expert-in-group", "true"]
+    out = run(tmp_path / "x", *ONE, *start_from, *words)
+    agent = reopened(out)
+    nudge(agent.policy)
+    agent.save("other")
+    batch = read_practice(agent, 1)[:3]
+    generator = torch.Generator().manual_seed(0)
+    log_d = []
+    for one in batch:
+        shape = one.ref_agent.shape
+        expert, actions = torch.randn(shape[0], generator=generator), torch.randn(shape)
+        log_d.append(ActionValues(expert, actions))
+    given = []
+
+    def record(agent, name, iteration, batches, loss_of, rate_at):
+        given.append(loss_of(batch[:2], batch))
+
+    monkeypatch.setattr(stepagent, "train", record)
+    stepagent.reflect_inverse(agent, 1, batch, log_d)
+    policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
+    objective = 0.0
+    for one, advantages in zip(batch[:2], step_advantages(log_d, with_expert=True)):
+        expert = naive.expert_pairs([one.encoded])
+        of_expert = [end - start for start, end in one.encoded.spans]
+        of_agent = [len(ids) for _, ids in one.leaves]
+        actions = zip(expert, one.ref_expert_tokens.split(of_expert), advantages[:, 0])
+        leaves = naive.leaf_pairs([one.encoded], [one.leaves])
+        olds = one.ref_tokens.split(of_agent)
+        actions = [*actions, *zip(leaves, olds, advantages[:, 1:].flatten())]
+        for pair, old, advantage in actions:
+            ratio = (naive.token_logps(policy, *pair) - old).exp()
+            clipped = ratio.clamp(0.8, 1.2)
+            objective += torch.min(ratio * advantage, clipped * advantage).sum().item()
+    count = sum(len(one.ref_tokens) + one.encoded.action_tokens for one in batch)
+    assert given[0][0].item() == pytest.approx(-objective / count, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse"])
@@ -434,6 +472,14 @@ def test_the_discriminator_leaves_the_policy_to_the_bit(tmp_path, start_from, sc
     # The log-probs of the second iteration are those of the first.
     expert = [[row["expert_logp"] for row in practice_rows(out, i)] for i in (1, 2)]
     assert expert[0] == expert[1]
+
+
+def test_adapters_that_sft_has_learnt_come_back_after_the_discriminator(tmp_path, model):
+    words = [*ONLY_D, "--model", model, "--lora-rank", "2", "--sft-lr", "1e-2"]
+    out = run(tmp_path / "x", *ONE, *words)
+    learnt = weights(out / "sft" / "policy")
+    assert same_bits(weights(out / "policy"), learnt)
+    assert distance(learnt, weights(Path(model))) > 0.01
 
 
 def test_phi_begins_as_the_policy_in_every_iteration(tmp_path, monkeypatch, start_from):

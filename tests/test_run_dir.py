@@ -316,9 +316,27 @@ def kill_in_the_middle_of_phases(monkeypatch, killed: list) -> None:
     monkeypatch.setattr(RunDir, "log", dying)
 
 
+def kill_in_the_second_update(monkeypatch, killed: list) -> None:
+    """Every phase that trains dies once, with a checkpoint behind it."""
+    log = RunDir.log
+
+    def dying(self, phase, iteration, step, **figures):
+        log(self, phase, iteration, step, **figures)
+        if step == 1 and (phase, iteration) not in killed:
+            killed.append((phase, iteration))
+            raise Killed
+
+    monkeypatch.setattr(RunDir, "log", dying)
+
+
+SAVING = ["--method", "stepagent-inverse", "--save-minutes", "0", "--d-batch", "8"]
+
+
 @pytest.mark.parametrize(
     "kill, words, times",
     [
+        (kill_in_the_second_update, SAVING, 5),
+        (kill_in_the_second_update, [*SAVING, "--d-scores", "held-out"], 7),
         (kill_at_the_end_of_phases, ["--method", "stepagent-inverse"], 12),
         (kill_in_the_middle_of_phases, ["--method", "stepagent-implicit"], 9),
         (kill_at_the_end_of_phases, ["--method", "stepagent-implicit", "--lora-rank", "3"], 10),

@@ -15,7 +15,6 @@ from ranks import (
     run,
     same_bits,
     start,
-    two_layers,
     weights,
 )
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -30,14 +29,6 @@ from trajectory import InputError, Step, Trajectory
 
 REAL = ["--model", "some/model"]
 ONE = [*QUIET, "--iterations", "1"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A policy of two layers that has learnt nothing."""
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 def practice_rows(out: Path, i: int = 1) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from ranks import QUIET, WORLD, distance, metrics, run, two_layers, weights, words_of
+from ranks import QUIET, WORLD, distance, metrics, run, weights, words_of
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import envs
@@ -35,13 +35,6 @@ from training import (
     write_practice,
 )
 from trajectory import Encoded, InputError, Step, Trajectory, encode
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "two-layers"
-    two_layers(folder)
-    return str(folder)
 
 
 def demonstration(name: str, steps: int) -> Demonstration:
