@@ -43,7 +43,7 @@ def logits_of(now: Scores, before: Practised) -> ActionValues:
     return ActionValues(expert, agent)
 
 
-def discriminator_loss(scores: list[Scores], micro: list[Practised], batch: list[Practised]):
+def phi_loss(scores: list[Scores], micro: list[Practised], batch: list[Practised]):
     """Eq. 11 on the actions of a micro-batch, divided by the whole batch's numbers."""
     judged = [logits_of(now, before) for now, before in zip(scores, micro)]
     expert = torch.cat([one.expert for one in judged])

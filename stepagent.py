@@ -41,11 +41,11 @@ import baselines
 import losses
 from discriminator import (
     ActionValues,
-    discriminator_loss,
     figures_of,
     logits_of,
     part_name,
     parts_of,
+    phi_loss,
     read_log_d,
     reward_figures,
     save_logits,
@@ -509,7 +509,7 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
         scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
-        return discriminator_loss(scores, micro, batch)  # eq. 11
+        return phi_loss(scores, micro, batch)  # eq. 11
 
     seeds = [agent.seed("D", i, part, epoch) for epoch in range(config.d_epochs)]
     shuffled = batches(learnt, lambda one: one.differs.numel(), config.d_batch, seeds)
