@@ -42,23 +42,41 @@ def read_rows(path: Path) -> list[dict]:
 
 @cache
 def load(run: str) -> dict:
-    """{"seed", "metrics": rows, "eval": {"final_test": {"tasks", "rewards"}, ...}}
+    """{"seed", "metrics": rows, "eval": {"final_test": {"tasks", "rewards"}, ...},
+    "agreement": {"final_test": {"tasks", "states", "match", "nll"}, ...}}
 
-    tasks is a hash of the tasks' names; rewards stand in the order of the names.
+    tasks is a hash of the tasks' names; lists have a number for each task, in the order of the
+    names: its reward; its expert states, and there the sums of matches and nats.
     """
     if run.endswith(".json"):
-        return json.loads(read(Path(run)))
+        return {"agreement": {}} | json.loads(read(Path(run)))
     evaluations = {}
     for path in sorted(Path(run, "eval").glob("*.jsonl")):
-        episodes = sorted(read_rows(path), key=lambda row: row["task_id"])
-        names = "\n".join(row["task_id"] for row in episodes)
-        evaluations[path.stem] = {
-            "tasks": hashlib.sha1(names.encode()).hexdigest()[:12],
-            "rewards": [row["reward"] for row in episodes],
+        episodes, tasks = by_task(path)
+        rewards = [row["reward"] for row in episodes]
+        evaluations[path.stem] = {"tasks": tasks, "rewards": rewards}
+    agreements = {}
+    for path in sorted(Path(run, "agreement").glob("*.jsonl")):
+        demonstrations, tasks = by_task(path)
+        agreements[path.stem] = {
+            "tasks": tasks,
+            "states": [len(row["match"]) for row in demonstrations],
+            "match": [sum(row["match"]) for row in demonstrations],
+            "nll": [round(sum(row["nll"]), 4) for row in demonstrations],
         }
-    config = json.loads(read(Path(run, "config.json")))["config"]
-    metrics = read_rows(Path(run, "metrics.jsonl"))
-    return {"seed": config["seed"], "metrics": metrics, "eval": evaluations}
+    return {
+        "seed": json.loads(read(Path(run, "config.json")))["config"]["seed"],
+        "metrics": read_rows(Path(run, "metrics.jsonl")),
+        "eval": evaluations,
+        "agreement": agreements,
+    }
+
+
+def by_task(path: Path) -> tuple[list[dict], str]:
+    """The rows of a file in the order of their tasks' names, and a hash of these names."""
+    rows = sorted(read_rows(path), key=lambda row: row["task_id"])
+    names = "\n".join(row["task_id"] for row in rows)
+    return rows, hashlib.sha1(names.encode()).hexdigest()[:12]
 
 
 def rewards(runs: dict[str, list[str]], split: str, name: str = "final") -> dict[str, np.ndarray]:
@@ -92,15 +110,29 @@ def success(runs: dict[str, list[str]], splits: list[str], name: str = "final") 
     return together
 
 
-def estimate(outcomes: np.ndarray, draws: int = 2000) -> list[float]:
-    """[mean, low, high] of outcomes [seeds, tasks]. A draw takes the same tasks for all seeds."""
+def estimate(
+    outcomes: np.ndarray, states: np.ndarray | None = None, draws: int = 2000
+) -> list[float]:
+    """[mean, low, high] of outcomes [seeds, tasks]. A draw takes the same tasks for all seeds.
+
+    states [tasks]: outcomes are sums over so many states of a task, and the mean is a state's.
+    """
     rng = np.random.default_rng(0)
     seeds, tasks = outcomes.shape
+    states = np.ones(tasks) if states is None else states
     means = []
     for _ in range(draws):
         drawn = outcomes[rng.integers(seeds, size=seeds)]
-        means.append(drawn[:, rng.integers(tasks, size=tasks)].mean())
-    return [float(outcomes.mean()), *np.percentile(means, [2.5, 97.5])]
+        among = rng.integers(tasks, size=tasks)
+        means.append(drawn[:, among].mean(0).sum() / states[among].sum())
+    mean = outcomes.mean(0).sum() / states.sum()
+    return [float(mean), *np.percentile(means, [2.5, 97.5])]
+
+
+def cell(estimated: list[float], sign: str = "") -> str:
+    """ "0.842 [0.810, 0.874]": as percent, for other units."""
+    mean, low, high = (f"{value:{sign}.3f}" for value in estimated)
+    return f"{mean} [{low}, {high}]"
 
 
 def percent(estimated: list[float], sign: str = "") -> str:
@@ -196,7 +228,43 @@ def note(runs: dict[str, list[str]], splits: list[str]) -> str:
     return text
 
 
-def agreement(runs: dict[str, list[str]]) -> list[str]:
+def agreement(runs: dict[str, list[str]], splits: list[str], name: str = "final") -> list[str]:
+    """The policy and the expert at states of tasks that nobody learns from, of the runs that
+    have it; differences to SFT are paired."""
+    keys = [f"{name}_{split}" for split in splits]
+    found = {}
+    for label, paths in runs.items():
+        of_label = [[load(path)["agreement"].get(key) for key in keys] for path in paths]
+        if all(None not in of_run for of_run in of_label):
+            found[label] = of_label
+    if not found:
+        return []
+    first = next(iter(found.values()))[0]
+    states = np.concatenate([of_split["states"] for of_split in first])
+    sums: dict[str, dict[str, np.ndarray]] = {"match": {}, "nll": {}}
+    for label, of_label in found.items():
+        for of_run in of_label:
+            if [part["tasks"] for part in of_run] != [part["tasks"] for part in first]:
+                sys.exit(f"error: {label} agrees on other tasks than {next(iter(found))}")
+        for figure, of_figure in sums.items():
+            of_figure[label] = np.array(
+                [np.concatenate([part[figure] for part in of_run]) for of_run in of_label]
+            )
+    rows = []
+    for label in found:
+        row = {f"the expert's action, {int(states.sum())} held-out states": label}
+        match, nll = sums["match"], sums["nll"]
+        row["greedy, %"] = percent(estimate(match[label], states))
+        row["nats"] = cell(estimate(nll[label], states))
+        row["greedy minus SFT"] = row["nats minus SFT"] = ""
+        if label != "SFT" and "SFT" in found and len(match[label]) == len(match["SFT"]):
+            row["greedy minus SFT"] = percent(estimate(match[label] - match["SFT"], states), "+")
+            row["nats minus SFT"] = cell(estimate(nll[label] - nll["SFT"], states), "+")
+        rows.append(row)
+    return ["", *markdown(rows)]
+
+
+def practice_match(runs: dict[str, list[str]]) -> list[str]:
     """How often practice is the expert's text / action, by iteration, of the runs that practise."""
     inspected: dict[str, dict[int, list[dict]]] = {}
     for label, paths in runs.items():
@@ -263,7 +331,8 @@ def main() -> None:
         said.append(verdict(figures, ours, args.to))
     print(f"\nWhat you just saw: {'; '.join(filter(None, said))}.")
     if args.out:
-        page = [note(runs, splits), "", *markdown(rows), *agreement(runs)]
+        page = [note(runs, splits), "", *markdown(rows), *agreement(runs, splits)]
+        page += practice_match(runs)
         Path(args.out).write_text("\n".join(page) + "\n", encoding="utf-8")
         print(f"The full table: {args.out}")
 

@@ -41,6 +41,7 @@ from compare import (  # noqa: E402
     markdown,
     note,
     percent,
+    practice_match,
     spent,
     success,
     table,
@@ -364,7 +365,8 @@ def write_table(
             gap = percent(estimate(together[label] - together[other]), "+")
             pairs[-1][f"{label} minus it"] = "" if label == other else gap
     said = f"What you just saw: {verdict(figures, ours, 'SFT+')}."
-    lines = [note(found, TEST), "", *markdown(rows), *agreement(found), "", said, ""]
+    lines = [note(found, TEST), "", *markdown(rows), *agreement(found, TEST)]
+    lines += [*practice_match(found), "", said, ""]
     write(runs, name, lines + markdown(pairs), figures)
 
 
@@ -386,7 +388,7 @@ def sizes(runs: Runs, seeds: list[int]) -> None:
             gap = estimate(together[f"{label}, {size}"] - together[f"{other}, {size}"])
             within[name].append(gap)
             rows[-1][size] = percent(gap, "+")
-    lines = [note(found, TEST), "", *markdown(table(figures)), *agreement(found)]
+    lines = [note(found, TEST), "", *markdown(table(figures)), *practice_match(found)]
     write(runs, "sizes", [*lines, "", *markdown(rows)], figures | {"within": within})
 
 

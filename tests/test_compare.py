@@ -39,6 +39,17 @@ def make(folder, seed, won, rate=1.0):
     return str(folder)
 
 
+def agree(run, matches):
+    """What the policy does at the two and three held-out expert states of two tasks."""
+    Path(run, "agreement").mkdir()
+    for split in SPLITS:
+        rows = []
+        for task, match in (("b", matches[2:]), ("a", matches[:2])):
+            row = {"task_id": task, "nll": [0.5] * len(match), "match": match}
+            rows.append(json.dumps(row) + "\n")
+        Path(run, f"agreement/final_{split}.jsonl").write_text("".join(rows))
+
+
 @pytest.fixture
 def runs(tmp_path):
     won = {
@@ -60,7 +71,7 @@ def test_a_table_pairs_tasks_and_counts_what_was_spent(runs):
     assert ours["by seed"] == [0.25, 0.25]
     assert (ours["updates"], ours["million tokens"]) == (2, 0.003)
     assert (ours["sampled, thousand"], ours["minutes"]) == (4, 2.5)
-    assert "| 1 | 50.0 / 75.0 | 50.0 / 75.0 |" in compare.agreement(runs)
+    assert "| 1 | 50.0 / 75.0 | 50.0 / 75.0 |" in compare.practice_match(runs)
     control, own = compare.table(figures)
     assert control["minus SFT+"] == control["by seed"] == ""
     assert own["by seed"] == "+25.0, +25.0" and own["updates"] == "2" and own["minutes"] == "2.5"
@@ -75,10 +86,38 @@ def test_what_is_kept_of_a_run_makes_the_same_table(runs, tmp_path):
             assert Path(file).stat().st_size < 1000
     figures = compare.compare(runs, "SFT+", SPLITS)
     assert compare.compare(kept, "SFT+", SPLITS) == figures
-    assert compare.agreement(kept) == compare.agreement(runs)
+    assert compare.practice_match(kept) == compare.practice_match(runs)
     metrics = compare.load(kept["SFT+"][0])["metrics"]
     assert [row.get("updates") for row in metrics] == [None, 1, 2]
     assert (metrics[2]["grad_norm"], metrics[2]["tokens"]) == (1.5, 2000)
+
+
+def test_agreement_is_a_mean_over_states_and_paired_with_sft(runs, tmp_path):
+    assert compare.agreement(runs, SPLITS) == []
+    compare.load.cache_clear()
+    found = {"SFT": runs["SFT+"], "Implicit": runs["StepAgent-Implicit"], "PPO": runs["SFT+"][:1]}
+    for run in found["SFT"]:
+        agree(run, [True, False, False, False, False])
+    agree(found["Implicit"][0], [True, True, False, False, False])
+    agree(found["Implicit"][1], [True, False, True, True, True])
+    kept = {}
+    for label, paths in found.items():
+        kept[label] = [str(tmp_path / f"{label}{seed}.json") for seed in range(len(paths))]
+        for path, file in zip(paths, kept[label]):
+            reproduce.keep(path, Path(file))
+    lines = compare.agreement(kept, SPLITS)
+    assert lines == compare.agreement(found, SPLITS)
+    _, head, _, sft, implicit, ppo = [line.split("|")[1:-1] for line in lines]
+    assert head[0].strip() == "the expert's action, 10 held-out states"
+    # 2 and 4 of 5 states against 1 of 5: states count, not tasks.
+    assert sft[1].startswith(" 20.0 [") and implicit[1].startswith(" 60.0 [")
+    assert implicit[3].startswith(" +40.0 [") and implicit[4].strip() == "+0.000 [+0.000, +0.000]"
+    # Other seeds than SFT's are not paired.
+    assert ppo[1].startswith(" 20.0 [") and ppo[3].strip() == ""
+    Path(found["PPO"][0], "agreement/final_test.jsonl").unlink()
+    compare.load.cache_clear()
+    # Both rows of that run are left out.
+    assert len(compare.agreement(found, SPLITS)) == 4
 
 
 def test_runs_of_other_seeds_or_tasks_are_not_paired(runs, tmp_path):
