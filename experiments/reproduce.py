@@ -1,6 +1,7 @@
 """The result tables and figures of docs/results.md: python experiments/reproduce.py WHAT
 
     tune      success against SFT updates, and every method's learning rate, on 500 dev tasks
+    tune_d    the discriminator of StepAgent-Inverse and its PPO, on 500 dev tasks, three seeds
     table2    all methods from the same SFT within a seed, on 300 test and 300 test_unseen tasks
     nine      SFT, SFT+ and the two reflections on nine seeds
     table3    reward types of StepAgent-Inverse: step, final, both
@@ -73,7 +74,8 @@ METHODS = {
 IMPLICIT, INVERSE = "StepAgent-Implicit", "StepAgent-Inverse"
 MAIN = ("SFT+", IMPLICIT, INVERSE)
 
-# The best rates of `tune`, or within a point of it (ETO, Inverse). RFT and NAT have none.
+# The best rates of `tune`, or within a point of it (ETO), and of `tune_d` (Inverse). RFT and NAT
+# have none.
 RATES = {
     "SFT+": "5e-4",
     "PPO": "1.5e-4",
@@ -81,7 +83,7 @@ RATES = {
     "SPIN": "5e-6",
     "ETO": "1.5e-5",
     IMPLICIT: "1.5e-4",
-    INVERSE: "5e-5",
+    INVERSE: "1.5e-4",
 }
 GRID = ("5e-6", "1.5e-5", "5e-5", "1.5e-4", "5e-4", "1.5e-3")
 # At these rates nine points and more were lost: higher ones are not run.
@@ -91,6 +93,7 @@ LATER = {("SFT+", "5e-6"), ("PPO", "5e-6"), ("PPO", "1.5e-3"), (IMPLICIT, "5e-6"
 
 SEEDS = {
     "tune": [0],
+    "tune_d": [11, 12, 13],
     "table2": range(5),
     "nine": range(9),
     "table3": range(5),
@@ -124,7 +127,17 @@ QUICK = {
     "env_options": "max_steps=19",
 }
 # What other options than a method's own add to the name of a run.
-TAGS = {"lr": "_lr", "practice": "_k", "practice_experts": "_n", "reward": "_", "iterations": "_"}
+TAGS = {
+    "lr": "_lr",
+    "practice": "_k",
+    "practice_experts": "_n",
+    "reward": "_",
+    "iterations": "_",
+    "d_scores": "_",
+    "d_epochs": "_passes",
+    "expert_in_group": "_group",
+    "batch": "_batch",
+}
 MODEL = "models/tiny-household"
 # Runs of the small model have names that begin with "small/".
 SMALL = "models/tiny-household-small"
@@ -264,8 +277,10 @@ def tune(runs: Runs, seeds: list[int]) -> None:
     [seed] = seeds
     sft = {passes: [runs.sft(seed, DEV, passes)] for passes in PASSES}
     later = [runs.sft(5, DEV)]
+    # Inverse has a grid of its own, `tune_d`.
+    labels = [label for label in RATES if label != INVERSE]
     grid = {}
-    for label in RATES:
+    for label in labels:
         for rate in GRID:
             if float(rate) <= float(HIGHEST.get(label, "inf")):
                 own_seed = 5 if (label, rate) in LATER else seed
@@ -286,7 +301,7 @@ def tune(runs: Runs, seeds: list[int]) -> None:
         *markdown(rows),
     ]
     rows = []
-    for label in RATES:
+    for label in labels:
         gaps = {}
         for rate in GRID:
             if (label, rate) in grid:
@@ -308,6 +323,42 @@ def tune(runs: Runs, seeds: list[int]) -> None:
         f"SFT, of seed 5 on another kind of CPU ({start}), minus it.",
     ]
     write(runs, "tune", lines, figures)
+
+
+# What `tune_d` compares: rows of (label, method, options beside its own).
+VARIANTS = (
+    ("SFT+", "SFT+", {}),
+    (IMPLICIT, IMPLICIT, {}),
+    (INVERSE, INVERSE, {}),
+    ("one pass of D instead of two", INVERSE, {"d_epochs": 1}),
+    ("D scores the tasks that it did not learn from", INVERSE, {"d_scores": "held-out"}),
+    ("PPO's batch 64 instead of 256", INVERSE, {"batch": 64}),
+    ("the expert's action in the group", INVERSE, {"expert_in_group": 1}),
+    ("the same, lr 3e-4", INVERSE, {"expert_in_group": 1, "lr": "3e-4"}),
+)
+D_FIGURES = ("d_auc_learnt", "d_auc_held_out", "d_pairs_learnt", "d_pairs_held_out", "log_d_gap")
+
+
+def tune_d(runs: Runs, seeds: list[int]) -> None:
+    found = {"SFT": [runs.sft(seed, DEV) for seed in seeds]}
+    for label, method, more in VARIANTS:
+        found[label] = [runs.method(method, seed, DEV, **more) for seed in seeds]
+    runs.wait()
+    together = success(found, DEV)
+    rows, figures = [], {}
+    for label, paths in found.items():
+        gap = together[label] - together["SFT"]
+        row = {"method": label, "success": percent(estimate(together[label]))}
+        row["minus SFT"] = "" if label == "SFT" else percent(estimate(gap), "+")
+        row["by seed"] = ", ".join(f"{100 * of_seed:+.1f}" for of_seed in gap.mean(1))
+        figures[label] = {"success": estimate(together[label]), "minus SFT": estimate(gap)}
+        metrics = [of_run for path in paths for of_run in load(path)["metrics"]]
+        for name in D_FIGURES:
+            values = [of_run[name] for of_run in metrics if name in of_run]
+            row[name] = f"{np.mean(values):.3f}" if values else ""
+            figures[label][name] = float(np.mean(values)) if values else None
+        rows.append(row)
+    write(runs, "tune_d", [note(found, DEV), "", *markdown(rows), *agreement(found, DEV)], figures)
 
 
 def main_runs(runs: Runs, seeds: list[int], size: str = "") -> dict[str, list[str]]:
@@ -420,7 +471,7 @@ def experts(runs: Runs, seeds: list[int]) -> None:
 # --------------------------------------------------------------------------------- figure 4
 
 ITERATIONS = range(1, 10)
-LOGGED = ("match_text", "match_action", "pairs_kept", "margin", "d_auc", "log_d_gap")
+LOGGED = ("match_text", "match_action", "pairs_kept", "margin", "d_auc_held_out", "log_d_gap")
 PRACTICE = range(1, 6)
 # Which seeds of SFT+ were run at every K.
 CONTROL_SEEDS = (5, 6, 7, 8)
@@ -559,7 +610,8 @@ def write(runs: Runs, name: str, lines: list[str], figures: dict) -> None:
     print(text, flush=True)
 
 
-PARTS = {part.__name__: part for part in (tune, table2, nine, table3, figure4, sizes, experts)}
+EVERY = (tune, tune_d, table2, nine, table3, figure4, sizes, experts)
+PARTS = {part.__name__: part for part in EVERY}
 
 
 def main() -> None:
