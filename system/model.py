@@ -82,7 +82,7 @@ def load_policy(
                 f"from which {config.method} starts again; give the model that it was trained from"
             )
         if ranks.rank == 0:
-            # They are needed hours later.
+            # Its weights are needed later; a fault of theirs is said now.
             read_policy(base)
     policy = prepare(policy, config)
     placed = placement(ranks, policy, config)
@@ -136,7 +136,7 @@ def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | st
         lost = [name for name in report.missing_keys if name.endswith((".A", ".B"))]
         lost += report.unexpected_keys
         if lost:
-            raise InputError(f"{file}: not the adapters of this model ({lost[0]}); start again")
+            raise InputError(f"{file}: not the adapters of this run ({lost[0]}); add --restart")
     elif isinstance(policy, FSDPModule):
         fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
     else:
@@ -227,26 +227,26 @@ def outline(folder: str | Path) -> nn.Module:
     """The model in float32 on the meta device, without storage."""
     with loading(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        check_config(folder, config)
+        reason = refusal(folder, config)
+        if reason:
+            raise InputError(f"model {folder}: model family {config.model_type!r}, {reason}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def check_config(folder: str | Path, config) -> None:
-    """InputError for what is no plain language model of one shape of layer."""
-    wrong = []
+def refusal(folder: str | Path, config) -> str:
+    """Why this is no plain language model, or nothing."""
     quantised = getattr(config, "quantization_config", None)
     if quantised:
-        wrong.append(f"quantised ({quantised.get('quant_method')}); give the original weights")
+        return f"quantised ({quantised.get('quant_method')}); give the original weights"
     # With peft installed the library would apply them, without it leave them out.
     if find_adapter_config_file(str(folder)):
-        wrong.append("adapters beside the weights; give the model into which they are merged")
-    for size in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-        if not getattr(config, size, None):
-            wrong.append(f"no {size} in config.json; use a language model with attention")
+        return "adapters beside the weights; give the model into which they are merged"
     if getattr(config, "is_heterogeneous", False):
-        wrong.append("layers that differ in shape; use a model whose layers are alike")
-    if wrong:
-        raise InputError(f"model {folder}: model family {config.model_type!r}, {wrong[0]}")
+        return "layers that differ in shape; use a model whose layers are alike"
+    for size in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        if (getattr(config, size, None) or 0) < 1:
+            return f"no {size} in config.json; use a language model with attention"
+    return ""
 
 
 def shapes(policy: nn.Module) -> dict[str, torch.Size]:
@@ -261,7 +261,7 @@ def loading(folder: str | Path):
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"model {folder}: cannot be loaded ({reason}); give a Hugging Face id that this "
             "machine can reach, or a local folder with config.json, safetensors and tokenizer files"
