@@ -87,8 +87,9 @@ def check_family(model) -> None:
     if not difference <= TOLERANCE:
         raise InputError(
             f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats "
-            "(soft-capping, attention sinks, another mask or no attention at all); use a model "
-            "with plain softmax attention, such as Llama, Mistral, Qwen or Gemma 3"
+            "(soft-capping, attention sinks, another mask, no attention at all, or positions that "
+            "depend on the longest in the pass); use a model with plain softmax attention, such as "
+            "Llama, Mistral, Qwen or Gemma 3"
         )
 
 
@@ -124,11 +125,16 @@ def ordinary_logits(model, ids: list[int], start: int) -> Tensor:
 
 
 def scored_logits(model, tree: TrunkAndLeaves, trunk: list[int], leaves: list) -> Tensor:
-    """The same for trunk and leaves by one scoring pass, which `tree` keeps."""
+    """The same for trunk and leaves by one scoring pass, which `tree` keeps.
+
+    Another trunk's token at the end of the context stands beside them: it must not matter.
+    """
     tree.kept = {}
     tree.add_trunk(trunk)
     tree.add_leaves(leaves)
-    return head(model, forward(model, *tree.tensors(model.device), tree)[0])
+    tree.add_trunk(trunk[:1])
+    tree.position[-1] = model.config.max_position_embeddings - 1
+    return head(model, forward(model, *tree.tensors(model.device), tree)[0, :-1])
 
 
 def practised_logits(model, tree: TrunkAndLeaves, leaves: list) -> Tensor:
@@ -182,12 +188,13 @@ def check_lengths(model, tree: TrunkAndLeaves) -> None:
             f"{unsupported(model)} has longrope, under which a token depends on how long its "
             "neighbours in the pass are; use a model with another rope"
         )
-    sparse = getattr(config, "index_topk", None)
-    if sparse and sparse < context:
-        raise InputError(
-            f"{unsupported(model)} attends to {sparse} tokens at most; use a model with plain "
-            "softmax attention"
-        )
+    for limit in ("index_topk", "index_topk_blocks", "keep_window_size"):
+        sparse = getattr(config, limit, None)
+        if sparse and sparse < context:
+            raise InputError(
+                f"{unsupported(model)} is sparse ({limit} {sparse}); use a model with plain "
+                "softmax attention"
+            )
 
 
 def unsupported(model) -> str:

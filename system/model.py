@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +11,40 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from system.family import use_tree_attention
 from system.files import move_into_place, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import fill, placement, shard
-from trajectory import InputError, Trajectory, stable_seed, stop_ids
+from trajectory import (
+    InputError,
+    Trajectory,
+    action_ids,
+    prompt_ids,
+    special_ids,
+    stable_seed,
+    state_ids,
+    stop_ids,
+)
 
 # "Loading weights" and "Writing model shards" would stand between our own bars.
 transformers.logging.disable_progress_bar()
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Not the table of weights that do not fit, of which check_weights makes one line."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "CONVERSION" in text
+
+
+logging.getLogger("transformers.modeling_utils").addFilter(is_news)
 
 
 def load_policy(
@@ -49,14 +68,23 @@ def load_policy(
     tokenizer = read_tokenizer(folder)
     # InputError if no token ends a turn.
     stop_ids(tokenizer)
+    policy = outline(folder)
+    check_tokens(folder, policy, tokenizer)
     if config.init and starts_again:
-        vocabulary = read_tokenizer(base).get_vocab()
-        if vocabulary != tokenizer.get_vocab():
+        other = ""
+        if read_tokenizer(base).get_vocab() != tokenizer.get_vocab():
+            other = "tokenizer"
+        elif shapes(outline(base)) != shapes(policy):
+            other = "architecture"
+        if other:
             raise InputError(
-                f"--init {config.init}: its tokenizer is not the one of --model {config.model}, "
+                f"--init {config.init}: its {other} is not the one of --model {config.model}, "
                 f"from which {config.method} starts again; give the model that it was trained from"
             )
-    policy = prepare(outline(folder), config)
+        if ranks.rank == 0:
+            # Its weights are needed later; a fault of theirs is said now.
+            read_policy(base)
+    policy = prepare(policy, config)
     placed = placement(ranks, policy, config)
     if placed.pieces > 1:
         whole = prepare(read_policy(folder), config) if ranks.rank == 0 else None
@@ -103,7 +131,12 @@ def read_back(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
 def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | str) -> None:
     """The policy's weights become those that save_policy left in a folder."""
     if run.config.lora_rank:
-        policy.load_state_dict(load_file(folder / "lora.safetensors"), strict=False)
+        file = folder / "lora.safetensors"
+        report = policy.load_state_dict(load_file(file), strict=False)
+        lost = [name for name in report.missing_keys if name.endswith((".A", ".B"))]
+        lost += report.unexpected_keys
+        if lost:
+            raise InputError(f"{file}: not the adapters of this run ({lost[0]}); add --restart")
     elif isinstance(policy, FSDPModule):
         fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
     else:
@@ -124,10 +157,64 @@ def start_folder(run: RunDir) -> Path | str:
 
 
 def read_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Weights from safetensors alone: nothing in the folder is run as code."""
+    """Weights from safetensors alone: nothing in the folder is run as code.
+
+    InputError unless they are the model's, one for one.
+    """
     with loading(folder):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        policy, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # They are refused below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_weights(folder, policy, report)
+    return policy
+
+
+def check_weights(folder: str | Path, policy: nn.Module, report: dict) -> None:
+    """InputError for weights that the library, by its report, makes up, drops or leaves untied."""
+    tied = policy.get_expanded_tied_weights_keys(all_submodels=True)
+    not_finite = set()
+    for name, weight in policy.state_dict().items():
+        if not weight.sum().isfinite():
+            not_finite.add(name)
+    faults = {
+        "missing from its files": report["missing_keys"],
+        "without a place in the model": report["unexpected_keys"],
+        "of another size than config.json says": {row[0] for row in report["mismatched_keys"]},
+        "tied by config.json (set tie_word_embeddings to false there), but different": (
+            tied.keys() - policy.all_tied_weights_keys.keys()
+        ),
+        "that are not finite": not_finite,
+    }
+    found = []
+    for fault, names in faults.items():
+        if names:
+            first = ", ".join(sorted(names)[:3]) + ", .." * (len(names) > 3)
+            found.append(f"weights {fault}: {first} ({len(names)})")
+    if found:
+        raise InputError(
+            f"model {folder}: {'; '.join(found)}; give files and a config.json that belong together"
+        )
+
+
+def check_tokens(folder: str | Path, policy: nn.Module, tokenizer) -> None:
+    """InputError for a token without an embedding, if a conversation can contain it."""
+    rows = len(policy.get_input_embeddings().weight)
+    # A special token occurs only where the template writes it.
+    written = {*prompt_ids(tokenizer, [], "x"), *action_ids(tokenizer, "x")}
+    occur = written.union(state_ids(tokenizer, "x"), tokenizer.get_vocab().values())
+    occur -= special_ids(tokenizer) - written
+    if max(occur) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(occur))
+        raise InputError(
+            f"model {folder}: its tokenizer has tokens up to {max(occur)} ({token!r}), the model "
+            f"has {rows} embeddings; give the tokenizer that belongs to the model, or save the "
+            "model after resize_token_embeddings"
         )
 
 
@@ -140,19 +227,45 @@ def outline(folder: str | Path) -> nn.Module:
     """The model in float32 on the meta device, without storage."""
     with loading(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        reason = refusal(folder, config)
+        if reason:
+            raise InputError(f"model {folder}: model family {config.model_type!r}, {reason}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def refusal(folder: str | Path, config) -> str:
+    """Why this is no plain language model, or nothing."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        return f"quantised ({quantised.get('quant_method')}); give the original weights"
+    # With peft installed the library would apply them, without it leave them out.
+    if find_adapter_config_file(str(folder)):
+        return "adapters beside the weights; give the model into which they are merged"
+    if getattr(config, "is_heterogeneous", False):
+        return "layers that differ in shape; use a model whose layers are alike"
+    for size in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        if (getattr(config, size, None) or 0) < 1:
+            return f"no {size} in config.json; use a language model with attention"
+    return ""
+
+
+def shapes(policy: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in policy.named_parameters()}
 
 
 @contextmanager
 def loading(folder: str | Path):
+    """Whatever the library raises inside becomes one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"model {folder}: cannot be loaded ({reason}); give a Hugging Face id that this "
             "machine can reach, or a local folder with config.json, safetensors and tokenizer files"
-        ) from None
+        ) from error
 
 
 def save_policy(run: RunDir, ranks: Ranks, policy: nn.Module, tokenizer, target: Path) -> None:

@@ -150,12 +150,6 @@ def fill(ranks: Ranks, policy: nn.Module, whole: nn.Module | None) -> None:
     """
     weights, buffers = {}, {}
     if ranks.rank == 0:
-        tied = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
-        if policy.config.tie_word_embeddings and not tied:
-            raise InputError(
-                f"model {whole.name_or_path}: config.json says that head and embeddings are tied, "
-                "the weights differ; set tie_word_embeddings to false there"
-            )
         weights, buffers = whole.state_dict(), dict(whole.named_buffers())
         policy.generation_config = whole.generation_config
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

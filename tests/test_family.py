@@ -131,6 +131,13 @@ REASONS = {
 }
 
 
+def test_attention_that_grows_sparse_later_is_refused():
+    """Doge and its like keep so many tokens and no more; the check's few tokens are all kept."""
+    with pytest.raises(InputError, match=r"'doge': .* is sparse \(keep_window_size 30\)"):
+        use_tree_attention(tiny.model("doge", keep_window_size=30, sliding_window=None))
+    use_tree_attention(tiny.model("doge", keep_window_size=256, sliding_window=None))
+
+
 @pytest.mark.parametrize("family", tiny.REFUSED)
 @pytest.mark.parametrize("is_training", [True, False])
 def test_a_refused_model_stays_as_it_was(family, is_training):
@@ -188,6 +195,24 @@ def test_longrope_is_refused():
     rope |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
     model = other_model(Phi3Config, rope_parameters=rope)
     with pytest.raises(InputError, match="'phi3': .* has longrope"):
+        use_tree_attention(model)
+
+
+@pytest.mark.parametrize("reach", [32, 255, 256])
+def test_positions_that_follow_the_longest_in_the_pass_are_refused(monkeypatch, reach):
+    """Whatever a family calls it. Past the context there is nothing to follow."""
+    model = tiny.model()
+    rotary = model.model.rotary_emb
+    plain = rotary.forward
+
+    def follows(x, position_ids, **more):
+        return plain(x, position_ids * (1 + (position_ids.max() >= reach)), **more)
+
+    monkeypatch.setattr(rotary, "forward", follows)
+    if reach < 256:
+        with pytest.raises(InputError, match="positions that depend on the longest in the pass"):
+            use_tree_attention(model)
+    else:
         use_tree_attention(model)
 
 

@@ -1,6 +1,7 @@
 """The policy's folder: read, saved, forgotten, adapted with LoRA."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,12 +27,13 @@ from system.model import (
     add_lora,
     forget,
     load_policy,
+    read_back,
     read_policy,
     save_policy,
 )
 from system.ranks import Ranks
 from system.run_dir import RunDir
-from system.sharding import training_bytes
+from system.sharding import Placement, training_bytes
 from trajectory import InputError, encode
 
 
@@ -229,6 +232,246 @@ def test_forgetting_brings_back_the_model_before_any_imitation(tmp_path, model, 
     assert all(torch.equal(before[name], x) for name, x in policy.state_dict().items())
 
 
+# ----------------------------------------------------------------------------- what does not fit
+
+
+def broken(folder: Path, change=None, tied: bool = False, tokenizer=None, **settings) -> str:
+    """A model's folder after change(weights) and with other settings in config.json."""
+    tokenizer = tokenizer or tiny.chatml()
+    made = tiny.model(vocab=len(tiny.chatml()), tie_word_embeddings=tied, sharp=1.0).float()
+    folder_of(folder, tokenizer, made)
+    if change:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return str(folder)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def one_gone(weights):
+    del weights[DOWN]
+
+
+def prefixed(weights):
+    for name in list(weights):
+        weights[f"_orig_mod.{name}"] = weights.pop(name)
+
+
+def packed(weights):
+    parts = [weights.pop(f"model.layers.0.self_attn.{x}_proj.weight") for x in "qkv"]
+    weights["model.layers.0.self_attn.qkv_proj.weight"] = torch.cat(parts)
+
+
+def biased(weights):
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+
+
+def value_head(weights):
+    weights["v_head.summary.weight"] = torch.ones(1, 32)
+
+
+def headless(weights):
+    del weights["lm_head.weight"]
+
+
+def embeddingless(weights):
+    del weights["model.embed_tokens.weight"]
+
+
+def other_head(weights):
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+
+
+def same_head(weights):
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+
+def head_alone(weights):
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+
+def one_nan(weights):
+    weights[DOWN][3, 4] = torch.nan
+
+
+def one_infinite_embedding(weights):
+    weights["model.embed_tokens.weight"][7, 7] = -torch.inf
+
+
+UNFIT = [
+    (one_gone, {}, rf"missing from its files: {DOWN} \(1\)"),
+    (prefixed, {}, r"from its files: lm_head.* \(30\); .*a place in the model: _orig_mod.* \(30\)"),
+    (packed, {}, "without a place in the model: model.layers.0.self_attn.qkv_proj.weight"),
+    (biased, {}, "without a place in the model: model.layers.0.self_attn.q_proj.bias"),
+    (value_head, {"tied": True}, "without a place in the model: v_head.summary.weight"),
+    (headless, {}, r"missing from its files: lm_head.weight \(1\)"),
+    (embeddingless, {"tied": True}, "missing from its files: lm_head.weight, model.embed_tokens"),
+    (None, {"num_hidden_layers": 2}, r"place in the model: model.layers.2.*, \.\. \(9\)"),
+    (None, {"num_hidden_layers": 4}, r"missing from its files: model.layers.3.*, \.\. \(9\)"),
+    (None, {"intermediate_size": 96}, "of another size than config.json says: model.layers.0.mlp"),
+    (None, {"vocab_size": 999}, "of another size than config.json says: lm_head.weight, model.emb"),
+    (None, {"tie_word_embeddings": True}, "set tie_word_embeddings to false there"),
+    (other_head, {"tied": True}, "set tie_word_embeddings to false there"),
+    (one_nan, {}, rf"that are not finite: {DOWN} \(1\)"),
+    (one_infinite_embedding, {}, "that are not finite: model.embed_tokens.weight"),
+]
+
+
+@pytest.mark.parametrize("change, settings, says", UNFIT)
+def test_weights_that_do_not_fit_are_one_line(tmp_path, change, settings, says):
+    folder = broken(tmp_path / "m", change, **settings)
+    with pytest.raises(InputError, match=f"{folder}: weights .*{says}") as error:
+        read_policy(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [one_gone, other_head, one_nan])
+@pytest.mark.parametrize("path", ["whole", "sharded", "lora"])
+def test_the_rule_is_the_same_on_all_paths(tmp_path, monkeypatch, change, path):
+    """Refused before a weight is shared or saved."""
+    if path == "sharded":
+        monkeypatch.setattr("system.model.placement", lambda *_: Placement(2, True))
+    folder = broken(tmp_path / "m", change, tied=True)
+    with pytest.raises(InputError, match=f"{folder}: weights"):
+        open_policy(tmp_path / "x", model=folder, lora_rank=3 * (path == "lora"))
+
+
+@pytest.mark.parametrize("change", [same_head, head_alone])
+def test_a_tied_weight_may_have_either_name_or_both(tmp_path, change):
+    made = read_policy(broken(tmp_path / "m", change, tied=True))
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    expected = load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(made.lm_head.weight, expected)
+
+
+def test_a_head_of_its_own_stays_one(tmp_path):
+    """Also where it equals the embeddings."""
+    made = read_policy(broken(tmp_path / "m", same_head))
+    assert torch.equal(made.lm_head.weight, made.model.embed_tokens.weight)
+    assert made.lm_head.weight is not made.model.embed_tokens.weight
+
+
+def test_the_librarys_table_of_such_weights_is_not_printed(tmp_path, caplog):
+    library = logging.getLogger("transformers.modeling_utils")
+    library.addHandler(caplog.handler)
+    transformers.logging.set_verbosity_warning()
+    try:
+        with pytest.raises(InputError, match="missing from its files"):
+            read_policy(broken(tmp_path / "m", one_gone))
+        library.warning("an expert: CONVERSION of its weights, LOAD REPORT")
+    finally:
+        transformers.logging.set_verbosity_error()
+        library.removeHandler(caplog.handler)
+    assert [record.getMessage()[:9] for record in caplog.records] == ["an expert"]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\); give"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantised \(awq\); give"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            r"quantised \(bitsandbytes\); give the original weights",
+        ),
+        ({"quantization_config": {"quant_method": "of tomorrow"}}, r"quantised \(of tomorrow\)"),
+        ({"max_position_embeddings": None}, "cannot be loaded .*max_position_embeddings"),
+        ({"max_position_embeddings": -1}, "no max_position_embeddings in config.json"),
+        ({"pad_token_id": 10**6}, "cannot be loaded .*[Pp]adding"),
+        ({"vocab_size": None}, "cannot be loaded .*vocab_size"),
+        ({"num_attention_heads": 5}, "cannot be loaded .*attention heads"),
+        ({"num_key_value_heads": 3}, "of another size than config.json says: .*k_proj"),
+        ({"head_dim": 5}, "cannot be loaded .*head_dim"),
+        ({"rope_parameters": {"rope_type": "of tomorrow"}}, "KeyError: 'of tomorrow'"),
+        ({"hidden_act": "of tomorrow"}, "cannot be loaded .*of tomorrow"),
+        ({"layer_types": ["of tomorrow"]}, "cannot be loaded .*layer_types"),
+        ({"per_layer_config": {"1": {"head_dim": 16}}}, "layers that differ in shape"),
+        ({"model_type": "gpt2"}, "weights missing from its files: transformer.h.0"),
+        ({"model_type": "fuyu"}, "model family 'fuyu', no vocab_size in config.json"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_one_line(tmp_path, settings, says):
+    folder = broken(tmp_path / "m", **settings)
+    with pytest.raises(InputError, match=says) as error:
+        open_policy(tmp_path / "x", model=folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "{"),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"watermarking_config": {"x": 1}}'),
+        ("model.safetensors", "x"),
+        ("config.json", "[]"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path, name, text):
+    folder = broken(tmp_path / "m")
+    (tmp_path / "m" / name).write_text(text)
+    with pytest.raises(InputError, match=f"{folder}: cannot be loaded") as error:
+        open_policy(tmp_path / "x", model=folder)
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_beside_the_weights_are_refused(tmp_path):
+    """The library would apply them where peft is installed, and else leave them out."""
+    folder = broken(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match="adapters beside the weights; .* merged"):
+        open_policy(tmp_path / "x", model=folder)
+
+
+def test_a_tokenizer_with_words_beyond_the_embeddings_is_refused(tmp_path):
+    tokenizer = tiny.chatml()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["mug", "fridge"])
+    says = rf"tokens up to {size + 1} \('fridge'\), the model has {size} embeddings"
+    with pytest.raises(InputError, match=says):
+        folder = broken(tmp_path / "m", tokenizer=tokenizer)
+        open_policy(tmp_path / "x", model=folder)
+
+
+def test_special_tokens_beyond_the_embeddings_are_refused_if_the_template_writes_them(tmp_path):
+    """Gemma 3 has one for images, which text never contains."""
+    tokenizer = tiny.chatml()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>", "<|turn|>"]})
+    open_policy(tmp_path / "x", model=broken(tmp_path / "m", tokenizer=tokenizer))
+    tokenizer.chat_template = tiny.CHATML.replace("<|im_start|>", "<|turn|>")
+    folder = broken(tmp_path / "n", tokenizer=tokenizer)
+    with pytest.raises(InputError, match=r"\('<\|turn\|>'\), the model has"):
+        open_policy(tmp_path / "y", model=folder)
+
+
+@pytest.mark.parametrize(
+    "change, settings, says",
+    [
+        (None, {"sharp": 1.0}, ""),
+        (None, {"intermediate_size": 96}, "--init .*: its architecture is not the one of --model"),
+        (None, {"tie_word_embeddings": True}, "its architecture is not the one of --model"),
+        (one_gone, {}, f"/base: weights missing from its files: {DOWN}"),
+    ],
+)
+def test_a_model_that_is_needed_later_is_checked_at_the_start(tmp_path, change, settings, says):
+    """A method that starts again from --model, at the end of its first iteration."""
+    tokenizer = tiny.chatml()
+    base = folder_of(tmp_path / "base", tokenizer, tiny.model(vocab=len(tokenizer), **settings))
+    if change:
+        base = broken(tmp_path / "base", change)
+    options = {"model": base, "init": broken(tmp_path / "init"), "starts_again": True}
+    if says:
+        with pytest.raises(InputError, match=says):
+            open_policy(tmp_path / "x", **options)
+    else:
+        open_policy(tmp_path / "x", **options)
+
+
 # ------------------------------------------------------------------------------------------- LoRA
 
 
@@ -296,3 +539,19 @@ def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model, experts):
     assert found.dtype == torch.float32 and torch.allclose(found, whole, atol=1e-6)
     assert not torch.equal(found, found.bfloat16().float())
     assert torch.equal(saved.model.norm.weight, base.model.norm.weight.float())
+
+
+def test_adapters_that_lack_one_are_refused(tmp_path, model):
+    run, ranks, policy, tokenizer = open_policy(tmp_path / "x", model=model, lora_rank=3)
+    folder = save(run, ranks, policy, tokenizer)
+    run.state["policy"] = "policy"
+    read_back(run, ranks, policy)
+    adapters = load_file(folder / "lora.safetensors")
+    gone = adapters.pop("model.layers.1.mlp.up_proj.B")
+    for more in (
+        {},
+        {"model.layers.1.mlp.up_proj.B": gone, "model.layers.9.mlp.up_proj.B": gone.clone()},
+    ):
+        save_file(adapters | more, folder / "lora.safetensors")
+        with pytest.raises(InputError, match="lora.safetensors: not the adapters of this run"):
+            read_back(run, ranks, policy)

@@ -166,16 +166,6 @@ def test_sharded_weights_are_those_of_the_folder(tmp_path, one_rank, family, tie
         assert torch.allclose(ours[name].grad.full_tensor(), weight.grad, atol=1e-6), name
 
 
-def test_a_file_that_breaks_the_tie_of_its_config_is_refused(tmp_path):
-    """Where a model is built from its config alone, head and embeddings would be one."""
-    tiny.model(tie_word_embeddings=False).float().save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    text = config.read_text().replace('word_embeddings": false', 'word_embeddings": true')
-    config.write_text(text)
-    with pytest.raises(InputError, match="the weights differ; set tie_word_embeddings to false"):
-        fill(Ranks(), outline(tmp_path), read_policy(tmp_path))
-
-
 def test_a_sharded_policy_forgets(tmp_path, one_rank):
     tiny.model().float().save_pretrained(tmp_path)
     policy, base = sharded_copy(one_rank, tmp_path), read_policy(tmp_path)
