@@ -22,7 +22,7 @@ from system.files import move_into_place, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import fill, placement, shard
-from trajectory import InputError, Trajectory, stable_seed, stop_ids
+from trajectory import InputError, Trajectory, check_template, stable_seed
 
 # "Loading weights" and "Writing model shards" would stand between our own bars.
 transformers.logging.disable_progress_bar()
@@ -47,8 +47,9 @@ def load_policy(
     # LoRA's adapters are learnt on the weights that the run began with.
     folder = start if config.lora_rank else saved or start
     tokenizer = read_tokenizer(folder)
-    # InputError if no token ends a turn.
-    stop_ids(tokenizer)
+    # What a template that writes the date takes for now.
+    tokenizer.now = run.begun
+    check_template(tokenizer, experts[0].prompt if experts else [])
     if config.init and starts_again:
         vocabulary = read_tokenizer(base).get_vocab()
         if vocabulary != tokenizer.get_vocab():
