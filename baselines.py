@@ -47,6 +47,7 @@ from system.model import forget, read_back, read_weights
 from training import (
     Agent,
     batches,
+    decoded_actions,
     falling_rate,
     imitate,
     play,
@@ -197,7 +198,7 @@ def expert_over_agent(agent: Agent, i: int) -> list[Pair]:
     pairs = []
     for episode in read_episodes(agent, i):
         expert = experts[episode.task_id]
-        if action_texts(episode) != action_texts(expert.trajectory):
+        if action_texts(episode) != decoded_actions(agent, expert.encoded):
             pairs.append(Pair(expert.encoded, encode(episode, agent.tokenizer)))
     return pairs
 
@@ -211,7 +212,7 @@ def higher_over_lower(agent: Agent, i: int, longer: int = 5) -> list[Pair]:
     pairs = []
     for episode in read_episodes(agent, i):
         expert = experts[episode.task_id]
-        same_text = action_texts(episode) == action_texts(expert.trajectory)
+        same_text = action_texts(episode) == decoded_actions(agent, expert.encoded)
         if episode.reward == expert.trajectory.reward or same_text:
             continue
         chosen, rejected = expert.encoded, encode(episode, agent.tokenizer)
@@ -226,6 +227,7 @@ def higher_over_lower(agent: Agent, i: int, longer: int = 5) -> list[Pair]:
 
 
 def action_texts(trajectory: Trajectory) -> tuple[str, ...]:
+    """Those of an episode, which were read off tokens when it was played."""
     return tuple(step.action.strip() for step in trajectory.steps)
 
 
@@ -305,7 +307,7 @@ def new_episodes(agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
     """Those whose actions repeat neither an expert's nor an earlier episode's."""
     seen = set()
     for demonstration in agent.experts:
-        seen.add((demonstration.task_id, action_texts(demonstration.trajectory)))
+        seen.add((demonstration.task_id, decoded_actions(agent, demonstration.encoded)))
     found = []
     for episode in episodes:
         key = (episode.task_id, action_texts(episode))

@@ -17,6 +17,7 @@ from trajectory import (
     Encoded,
     Step,
     Trajectory,
+    action_text,
     closing_id,
     encode,
     prompt_ids,
@@ -120,7 +121,7 @@ def play(model, tokenizer, env, task: str, prompt: list[dict], max_new_tokens: i
     invalid, done = 0, False
     while not done:
         action = greedy(model, ids, min(max_new_tokens, context - len(ids)), stops)
-        text = tokenizer.decode([token for token in action if token not in stops])
+        text = action_text(tokenizer, action)
         trajectory.steps.append(Step(observation, text, action))
         observation, trajectory.reward, done, info = episode.step(text)
         invalid += not info["valid"]

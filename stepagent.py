@@ -727,7 +727,17 @@ def prepare(config: Config, method: Method) -> Agent:
     experts = load_experts(run, env, method.plays or config.reward != "step")
     prompt = give_prompt(config, env, experts)
     policy, tokenizer = load_policy(run, ranks, experts, method.starts_again)
-    demonstrations = []
+    demonstrations = encode_experts(run, experts, policy, tokenizer)
+    agent = Agent(
+        config, ranks, run, env, prompt, policy, tokenizer, demonstrations, rounds(config, method)
+    )
+    for split in split_names(f"{config.eval_splits},{config.eval_each}"):
+        agent.held_out(split, prompt)
+    return agent
+
+
+def encode_experts(run: RunDir, experts: list, policy, tokenizer) -> list[Demonstration]:
+    demonstrations, lengths = [], []
     for expert in run.bar(experts, "encode"):
         encoded = encode(expert, tokenizer)
         limit = policy.config.max_position_embeddings
@@ -737,12 +747,15 @@ def prepare(config: Config, method: Method) -> Agent:
                 f"{limit}; remove it from the expert data or take a model with a longer context"
             )
         demonstrations.append(Demonstration(expert, encoded))
-    agent = Agent(
-        config, ranks, run, env, prompt, policy, tokenizer, demonstrations, rounds(config, method)
-    )
-    for split in split_names(f"{config.eval_splits},{config.eval_each}"):
-        agent.held_out(split, prompt)
-    return agent
+        lengths += [end - start for start, end in encoded.spans]
+    most = run.config.max_new_tokens
+    if max(lengths) > most:
+        run.say(
+            f"{sum(length > most for length in lengths)} of {len(lengths)} expert actions are "
+            f"longer than --max-new-tokens {most}, up to {max(lengths)} tokens: the agent cannot "
+            "write them to the end"
+        )
+    return demonstrations
 
 
 def check(config: Config, method: Method) -> None:

@@ -143,7 +143,7 @@ class Practised:
     demonstration: Demonstration
     # [S][K] token ids.
     actions: list[list[list[int]]]
-    # [S, K] the text is not the expert's (reading 8).
+    # [S, K] the text is not the expert's (reading 8); both are read off tokens.
     differs: Tensor
     # [S], [S, K] summed log-probs of the expert's and of the agent's actions.
     ref_expert: Tensor
@@ -229,8 +229,7 @@ def practised_from(
 ) -> Practised:
     """The record of one trajectory, on the CPU. actions: [S][K] token ids."""
     differs = []
-    for turn, of_step in zip(demonstration.trajectory.steps, actions):
-        expert = turn.action.strip()
+    for expert, of_step in zip(decoded_actions(agent, demonstration.encoded), actions):
         texts = [action_text(agent.tokenizer, ids).strip() for ids in of_step]
         differs.append([text != expert for text in texts])
     differs = torch.tensor(differs)
@@ -244,6 +243,16 @@ def practised_from(
         ref_expert_tokens=scores.trunk_tokens.cpu().clone(),
         ref_tokens=scores.leaf_tokens.cpu().clone(),
     )
+
+
+def decoded_actions(agent: Agent, encoded: Encoded) -> tuple[str, ...]:
+    """The actions' text, as their tokens read it, without the space around it.
+
+    What the agent says is read off tokens, too. The text of a file may be another one for the same
+    tokens: a tokenizer may know one Unicode form of a character alone.
+    """
+    actions = [encoded.ids[start:end] for start, end in encoded.spans]
+    return tuple(action_text(agent.tokenizer, ids).strip() for ids in actions)
 
 
 def write_practice(agent: Agent, i: int, practised: list[Practised], log_d: list | None = None):
@@ -280,10 +289,10 @@ def practice_figures(agent: Agent, practised: list[Practised]) -> dict:
     stops = stop_ids(agent.tokenizer)
     same_action, stopped, tokens = [], [], 0
     for one in practised:
+        experts = decoded_actions(agent, one.encoded)
         for step, ids in one.leaves:
-            expert = one.demonstration.trajectory.steps[step].action
             text = action_text(agent.tokenizer, ids)
-            same_action.append(parse_action(text) == parse_action(expert))
+            same_action.append(parse_action(text) == parse_action(experts[step]))
             stopped.append(ids[-1] in stops)
             tokens += len(ids)
     differs = torch.cat([one.differs.flatten() for one in practised])

@@ -333,8 +333,8 @@ VARIANTS = (
     ("one pass of D instead of two", INVERSE, {"d_epochs": 1}),
     ("D scores the tasks that it did not learn from", INVERSE, {"d_scores": "held-out"}),
     ("PPO's batch 64 instead of 256", INVERSE, {"batch": 64}),
-    ("the expert's action in the group", INVERSE, {"expert_in_group": 1}),
-    ("the same, lr 3e-4", INVERSE, {"expert_in_group": 1, "lr": "3e-4"}),
+    ("the expert's action in the group", INVERSE, {"expert_in_group": "true"}),
+    ("the same, lr 3e-4", INVERSE, {"expert_in_group": "true", "lr": "3e-4"}),
 )
 D_FIGURES = ("d_auc_learnt", "d_auc_held_out", "d_pairs_learnt", "d_pairs_held_out", "log_d_gap")
 

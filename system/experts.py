@@ -63,6 +63,7 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
             )
         experts = right
     experts = experts[: config.experts or None]
+    check_rewards(run, experts)
     if plays:
         tasks = set().union(*env.splits.values())
         strange = sorted({expert.task_id for expert in experts} - tasks)
@@ -73,6 +74,22 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
                 f"{env.splits['train'][0]!r}"
             )
     return experts
+
+
+def check_rewards(run: RunDir, experts: list[Trajectory]) -> None:
+    """Whatever the rewards in a file, its trajectories are imitated: it must show some success."""
+    path = run.config.expert
+    failed = [expert.task_id for expert in experts if expert.reward == 0]
+    if len(failed) == len(experts):
+        raise InputError(
+            f"{path}: all {len(experts)} rewards are 0; give successful plays, or write what "
+            "rewards they got"
+        )
+    if failed:
+        run.say(
+            f"{path}: {len(failed)} of {len(experts)} trajectories have reward 0, {failed[0]!r} "
+            "first; they are imitated like the others"
+        )
 
 
 def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
@@ -112,14 +129,19 @@ def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
 
 
 def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
-    """Every conversation's opening; an expert file's prompts stand, unless --prompt-file."""
-    from_file = bool(config.expert and experts[0].prompt) and not config.prompt_file
+    """Every conversation's opening; an expert file's prompt stands, unless --prompt-file."""
+    prompt = prompt_messages(env) if config.prompt == "full" else []
     if config.prompt_file:
         prompt = read_prompt(config.prompt_file)
-    elif from_file:
-        return experts[0].prompt
-    else:
-        prompt = prompt_messages(env) if config.prompt == "full" else []
+    elif config.expert:
+        first = experts[0]
+        for expert in experts:
+            if expert.prompt != first.prompt:
+                raise InputError(
+                    f"{config.expert}: {expert.task_id!r} has another prompt than "
+                    f"{first.task_id!r}, but a run has one; give all the same, or --prompt-file"
+                )
+        prompt = first.prompt or prompt
     for expert in experts:
         expert.prompt = prompt
     return prompt

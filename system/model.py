@@ -27,11 +27,11 @@ from trajectory import (
     InputError,
     Trajectory,
     action_ids,
+    check_template,
     prompt_ids,
     special_ids,
     stable_seed,
     state_ids,
-    stop_ids,
 )
 
 # "Loading weights" and "Writing model shards" would stand between our own bars.
@@ -66,8 +66,9 @@ def load_policy(
     # LoRA's adapters are learnt on the weights that the run began with.
     folder = start if config.lora_rank else saved or start
     tokenizer = read_tokenizer(folder)
-    # InputError if no token ends a turn.
-    stop_ids(tokenizer)
+    # What a template that writes the date takes for now.
+    tokenizer.now = run.begun
+    check_template(tokenizer, experts[0].prompt if experts else [])
     policy = outline(folder)
     check_tokens(folder, policy, tokenizer)
     if config.init and starts_again:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -161,7 +162,9 @@ class RunDir:
 
         Other machines may see rank 0's files late, so what rank 0 finds counts.
         """
-        rank_0 = self.ranks.gather({"holder": self._holder(), "found": self._find()})[0]
+        now = datetime.now().isoformat(timespec="seconds")
+        here = {"holder": self._holder(), "found": self._find(), "begun": now}
+        rank_0 = self.ranks.gather(here)[0]
         if self._holder() != rank_0["holder"]:
             raise InputError(
                 f"{self.out} is not the same folder on all machines; "
@@ -170,7 +173,10 @@ class RunDir:
         if found := rank_0["found"]:
             self.state = found["state"]
             self._compare(made_by, found["made_by"])
-        elif self.ranks.rank == 0:
+        # The date that chat templates write is that of the first start.
+        begun = found["made_by"]["begun"] if found else rank_0["begun"]
+        self.begun = datetime.fromisoformat(begun)
+        if self.ranks.rank == 0 and not found:
             self._begin(made_by)
         # Lines of a phase that was cut off go.
         self.restore_log("")
@@ -228,6 +234,7 @@ class RunDir:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         versions["python"] = sys.version.split()[0]
         about = {"versions": versions, "commit": commit.stdout.strip(), "ranks": self.ranks.world}
+        about["begun"] = self.begun.isoformat()
         write_text(self.path("config.json"), json.dumps(made_by | about, indent=2))
 
 

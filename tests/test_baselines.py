@@ -17,6 +17,7 @@ from ranks import (
     same_bits,
     weights,
 )
+from tokenizers import normalizers
 from transformers import LlamaForCausalLM
 
 import baselines
@@ -25,14 +26,16 @@ import stepagent
 import training
 from baselines import (
     Pair,
+    action_texts,
     expert_over_agent,
     higher_over_lower,
     marked,
+    new_episodes,
     read_episodes,
 )
 from stepagent import METHODS
 from system.run_dir import RunDir
-from trajectory import InputError, Step, Trajectory, encode
+from trajectory import InputError, Step, Trajectory, action_text, encode
 
 ONE = [*QUIET, "--method"]
 SUCCESS, FAILURE = "What follows solves the task.", "What follows fails at the task."
@@ -266,6 +269,25 @@ def test_eto_makes_no_pair_of_the_same_words(tmp_path, monkeypatch, model):
 
     agent = after(tmp_path / "x", monkeypatch, write, *ONE, "eto", "--model", model)
     assert len(higher_over_lower(agent, 1)) == 1
+
+
+def test_the_experts_tokens_are_no_pair_whatever_the_files_text(tmp_path, model):
+    """The tokenizer composes characters, the file does not."""
+    agent = opened(tmp_path / "x", *ONE, "eto", "--model", model)
+    agent.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    episodes = []
+    for one in agent.experts:
+        one.trajectory = changed(one.trajectory, "cafe\u0301")
+        one.encoded = encode(one.trajectory, agent.tokenizer)
+        own = copy_of(one.trajectory, reward=0.5)
+        for step, (start, end) in zip(own.steps, one.encoded.spans):
+            step.ids = one.encoded.ids[start:end]
+            step.action = action_text(agent.tokenizer, step.ids)
+        episodes.append(own)
+    assert action_texts(episodes[0]) != action_texts(agent.experts[0].trajectory)
+    training.write_episodes(agent, "iter_1/episodes.jsonl", episodes, ids=True)
+    assert expert_over_agent(agent, 1) == higher_over_lower(agent, 1) == []
+    assert new_episodes(agent, episodes) == []
 
 
 def test_spin_keeps_the_pairs_of_the_round_before(tmp_path, monkeypatch, model):

@@ -1,6 +1,7 @@
 """Where expert trajectories and the prompt come from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,21 @@ def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, w
     assert len(load_experts(run_dir(tmp_path / "y", expert=path), world, False)) == 7
     few = run_dir(tmp_path / "z", expert=path, experts=6)
     assert load_experts(few, world, True) == plays
+
+
+def test_a_file_without_any_success_is_refused_and_failures_in_it_are_named(
+    tmp_path, world, plays, capsys
+):
+    failures = [replace(play, reward=0.0) for play in plays[:2]]
+    path = saved(tmp_path / "given.jsonl", [plays[2], *failures, replace(plays[3], reward=0.1)])
+    assert len(load_experts(run_dir(tmp_path / "x", expert=path), world, False)) == 4
+    says = "given.jsonl: 2 of 4 trajectories have reward 0, 'train-0' first; they are imitated"
+    assert says in capsys.readouterr().out
+    load_experts(run_dir(tmp_path / "y", expert=path, experts=1), world, False)
+    assert capsys.readouterr().out == ""
+    path = saved(tmp_path / "failed.jsonl", failures)
+    with pytest.raises(InputError, match="failed.jsonl: all 2 rewards are 0; give successful"):
+        load_experts(run_dir(tmp_path / "z", expert=path), world, False)
 
 
 def test_a_malformed_file_ends_the_program_with_one_line(tmp_path):
@@ -170,6 +186,22 @@ def test_the_prompt_is_the_worlds_or_none(world):
     assert [one.prompt for one in experts] == [envs.prompt_messages(world)] * 2
     assert give_prompt(Config(prompt="none"), world, experts) == []
     assert [one.prompt for one in experts] == [[], []]
+
+
+@pytest.mark.parametrize("prompts", [[OPENING, []], [[], OPENING], [OPENING, OPENING[:1]]])
+def test_the_rows_of_a_file_share_one_prompt(tmp_path, world, prompts):
+    """Which of them the agent would play with, nobody could tell."""
+    experts = shown(OPENING)
+    for expert, prompt in zip(experts, prompts):
+        expert.prompt = prompt
+    names_of = [repr(one.task_id) for one in experts]
+    says = f"given.jsonl: {names_of[1]} has another prompt than {names_of[0]}, .* or --prompt-file"
+    with pytest.raises(InputError, match=says):
+        give_prompt(Config(prompt="none", expert="given.jsonl"), world, experts)
+    (tmp_path / "prompt").write_text("Be brief.")
+    config = Config(expert="given.jsonl", prompt_file=str(tmp_path / "prompt"))
+    prompt = give_prompt(config, world, experts)
+    assert prompt[0]["content"] == "Be brief." and [one.prompt for one in experts] == [prompt] * 2
 
 
 def test_an_expert_files_prompt_stands(world):

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from ranks import (
 )
 
 import envs
+import system.run_dir
 from stepagent import Config
 from system.ranks import Ranks
 from system.run_dir import RunDir
@@ -149,6 +151,21 @@ def test_a_start_that_failed_early_does_not_occupy_the_directory(tmp_path):
     assert read_json(tmp_path / "x" / "config.json")["config"]["seed"] == 3
     assert not (tmp_path / "x" / "base").exists()
     assert not (tmp_path / "x" / "experts.jsonl").exists()
+
+
+def test_a_run_keeps_the_date_of_its_first_start(tmp_path, monkeypatch):
+    class Calendar(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls):
+            return cls(2024, 7, cls.day, 12, 30)
+
+    monkeypatch.setattr(system.run_dir, "datetime", Calendar)
+    first = begun(tmp_path / "x").begun
+    Calendar.day = 2
+    assert open_dir(tmp_path / "x").begun == first == datetime(2024, 7, 1, 12, 30)
+    assert open_dir(tmp_path / "x", restart=True).begun == datetime(2024, 7, 2, 12, 30)
 
 
 def source(folder: Path, **files: str) -> list[Path]:

@@ -1,12 +1,15 @@
 """Algorithm 1: the command line, the phases of StepAgent, evaluation, and a whole run."""
 
 import json
+import shutil
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from forged import opened
 from ranks import (
     QUIET,
     commands,
@@ -18,9 +21,11 @@ from ranks import (
     weights,
 )
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import chat_template_utils
 
 import envs
 import stepagent
+import system.run_dir
 import training
 from benchmarks import household
 from stepagent import METHODS, Config, prepare, rounds
@@ -260,6 +265,72 @@ def test_a_real_models_folder_runs_with_bfloat16_and_checkpointing(tmp_path):
     final = weights(out / "policy")
     assert all(weight.dtype == torch.float32 for weight in final.values())
     assert not same_bits(final, weights(out / "sft" / "policy"))
+
+
+# -------------------------------------------------------------------------- known before it begins
+
+
+def with_template(model: str, folder: Path, template: str) -> str:
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_a_broken_template_is_found_although_the_experts_have_one_step(tmp_path, model):
+    """Otherwise <|user|> would be all that SFT learns."""
+    template = (Path(model) / "chat_template.jinja").read_text()
+    broken = template.replace("add_generation_prompt", "false")
+    step = Step("You are in a room.", "Thought: I look.\nAction: look")
+    experts = [Trajectory(f"task-{number}", [], [step], 1.0) for number in range(6)]
+    envs.save_trajectories(str(tmp_path / "own.jsonl"), experts)
+    words = ["--method", "sft", *QUIET, "--expert", str(tmp_path / "own.jsonl"), "--model"]
+    with pytest.raises(InputError, match=r"ignores add_generation_prompt: '<\|assistant\|>' is"):
+        run(tmp_path / "x", *words, with_template(model, tmp_path / "m", broken))
+    assert not (tmp_path / "x" / "sft").exists()
+
+
+def test_prompts_have_the_date_of_the_runs_first_start(tmp_path, monkeypatch, model):
+    template = (Path(model) / "chat_template.jinja").read_text()
+    template = "{{ strftime_now('%d %b %Y') }}" + template
+    words = ["--method", "sft", *QUIET]
+    words += ["--model", with_template(model, tmp_path / "m", template)]
+
+    class Calendar(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls):
+            return cls(2024, 7, cls.day)
+
+    monkeypatch.setattr(system.run_dir, "datetime", Calendar)
+    monkeypatch.setattr(chat_template_utils, "datetime", Calendar)
+
+    def first_state() -> str:
+        agent = opened(tmp_path / "x", *words)
+        encoded = agent.experts[0].encoded
+        agent.run.phase("first", agent.save, "policy")
+        # Elsewhere the policy sees its own day.
+        assert (tmp_path / "x/policy/chat_template.jinja").read_text() == template
+        return agent.tokenizer.decode(encoded.ids[: encoded.spans[0][0]])
+
+    first = first_state()
+    assert first.startswith("01 Jul 2024<|user|>")
+    Calendar.day = 2
+    assert first_state() == first
+
+
+def test_actions_that_the_agent_may_not_write_to_the_end_are_said(tmp_path, capsys, model):
+    words = ["--method", "sft", *QUIET, "--model", model, "--max-new-tokens"]
+    agent = opened(tmp_path / "x", *words, "22")
+    lengths = []
+    for one in agent.experts:
+        lengths += [end - start for start, end in one.encoded.spans]
+    long = sum(length > 22 for length in lengths)
+    assert 0 < long < len(lengths)
+    says = f"{long} of {len(lengths)} expert actions are longer than --max-new-tokens 22, up to "
+    assert says + str(max(lengths)) in capsys.readouterr().out
+    opened(tmp_path / "y", *words, str(max(lengths)))
+    assert "longer than" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ the control

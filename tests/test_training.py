@@ -2,12 +2,14 @@
 
 import json
 import math
+from os.path import commonprefix
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from ranks import QUIET, WORLD, distance, metrics, run, weights, words_of
+from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import envs
@@ -274,6 +276,7 @@ def practised_agent(out: Path, **options) -> Agent:
         one.trajectory.task_id = f"train-{number}"
         for step in one.trajectory.steps:
             step.action = EXPERT
+        one.encoded = encode(one.trajectory, TOKENIZER)
     return agent
 
 
@@ -326,6 +329,23 @@ def test_a_record_has_what_later_phases_need_in_storage_of_its_own(tmp_path):
             assert tensor.untyped_storage().nbytes() == size, name
 
 
+def test_practice_of_the_experts_tokens_is_no_pair_whatever_the_files_text(tmp_path):
+    """The tokenizer composes characters, the file does not."""
+    tokenizer = tiny.chatml()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    agent = practised_agent(tmp_path)
+    agent.tokenizer = tokenizer
+    one = agent.experts[1]
+    one.trajectory.steps[0].action = "Thought: cafe\u0301\nAction: take cafe\u0301"
+    one.encoded = encode(one.trajectory, tokenizer)
+    [(start, end)] = one.encoded.spans
+    actions = [[one.encoded.ids[start:end], ids_of("Thought: caf\nAction: take caf")]]
+    assert "\u0301" not in tokenizer.decode(actions[0][0])
+    record = practised_from(agent, one, actions, forged_scores(one.encoded, actions, 0.0))
+    assert record.differs.tolist() == [[False, True]]
+    assert practice_figures(agent, [record])["match_action"] == 0.5
+
+
 def test_practice_comes_back_from_disk_as_it_was_by_step_and_action(tmp_path):
     agent = practised_agent(tmp_path)
     save_practice(agent, 3, records_of(agent))
@@ -347,9 +367,11 @@ def test_practice_comes_back_from_disk_as_it_was_by_step_and_action(tmp_path):
         (1, ACTIONS[0][1][1]),
     ]
     assert (first.task_id, second.task_id) == ("train-0", "train-1")
-    # None of the expert's tokens is in these leaves.
-    distinct = {(step, tuple(ids)) for step, ids in first.leaves}
-    assert first.tokens == 20 + sum(len(ids) for _, ids in distinct)
+    # Of a leaf, what is not the expert's.
+    common = [len(commonprefix([ids, ids_of(EXPERT)])) for _, ids in first.leaves]
+    assert common[0] == len(ids_of(EXPERT)) and 0 < common[1] < common[3]
+    own = sum(len(ids) for _, ids in first.leaves) - sum(common)
+    assert first.tokens == first.encoded.tokens + own
 
 
 def test_figures_of_practice_by_hand(tmp_path):

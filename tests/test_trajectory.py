@@ -3,10 +3,13 @@
 import copy
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tiny
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import trajectory
 from trajectory import (
@@ -16,6 +19,7 @@ from trajectory import (
     Trajectory,
     action_ids,
     action_text,
+    check_template,
     closing_id,
     encode,
     prompt_ids,
@@ -202,6 +206,105 @@ def test_a_cut_last_action_is_not_closed():
     assert item.spans[-1] == (len(item.ids) - 2, len(item.ids))
 
 
+# ------------------------------------------------------------- tokens across the start of an action
+
+
+def like_qwen2() -> PreTrainedTokenizerFast:
+    """Line breaks, spaces and marks that stand together are cut as one piece of text."""
+    pieces = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    more = ["a\n\nb", "x (y", "](", "]["] * 5
+    return tiny.byte_level(
+        ["<|im_start|>", "<|im_end|>"],
+        tiny.CHATML,
+        pieces=pieces,
+        more=more,
+        eos_token="<|im_end|>",
+    )
+
+
+# The call for an answer, as it may end.
+CALLS = ["assistant\n", "assistant: ", "assistant  ", "[/INST]", "assistant"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("begin", ["\n", "\n\n", "(", "[", " ", ""])
+def test_an_action_goes_on_behind_the_call_for_it(call, begin):
+    """The agent reads the call's tokens: none of them reaches into what it writes."""
+    tokenizer = like_qwen2()
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + (call if m.role == 'assistant' else m.role + '\n') }}"
+        "{{ m.content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' + call }}{% endif %}"
+    ).replace("call", repr(call))
+    check_template(tokenizer, PROMPT)
+    steps = [Step("o1", f"{begin}Thought: x.\nAction: look"), Step("o2", f"{begin}Action: go")]
+    item = encode(expert(steps), tokenizer)
+    ids = prompt_ids(tokenizer, PROMPT, "o1")
+    for step, (start, end) in zip(steps, item.spans):
+        assert item.ids[:start] == ids
+        action = item.ids[start:end]
+        assert tokenizer.decode(action) == step.action + "<|im_end|>"
+        ids = ids + action + state_ids(tokenizer, "o2")
+
+
+def test_an_action_that_no_tokens_behind_the_call_can_write_is_named_with_the_cause():
+    """Even the character that breaks a text up is part of a token here."""
+    tokenizer = like_qwen2()
+    odd = tiny.byte_level(
+        ["<|im_start|>", "<|im_end|>"],
+        tokenizer.chat_template,
+        pieces=r"<[^>]*>|[^<]+",
+        more=["assistant\n\nThought"] * 9 + ["\ue000\nThought"] * 9,
+        eos_token="<|im_end|>",
+    )
+    says = "trajectory task-7, action 1: .*one token across the start of the action"
+    with pytest.raises(InputError, match=says) as error:
+        encode(expert([Step("o", "Action: look"), Step("o", "\nThought: x.\nAction: look")]), odd)
+    assert "template" not in str(error.value).split("action 1")[0]
+
+
+# ------------------------------------------------------------------------------------ the calendar
+
+DATED = (
+    "{% macro title(format) %}{{ 'Day ' + strftime_now(format) }}{% endmacro %}"
+    "{% set short = '%-d/%m/%y' %}{% if strftime_now is defined %}"
+    "{{ title('%d %b %Y') + ', ' + strftime_now(short) + ', 100%.' }}{% endif %}\n\n" + tiny.CHATML
+)
+
+
+def dated(moment: datetime | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = DATED
+    if moment:
+        tokenizer.now = moment
+    return tokenizer
+
+
+def test_a_template_sees_the_day_that_the_run_began():
+    tokenizer = dated(datetime(2024, 7, 5, 23, 59))
+    text = tokenizer.decode(prompt_ids(tokenizer, [], "o"))
+    assert text.startswith("Day 05 Jul 2024, 5/07/24, 100%.\n<|im_start|>user\no<|im_end|>")
+    check_template(tokenizer, PROMPT)
+    # The template itself is as it was.
+    assert tokenizer.chat_template == DATED
+
+
+def test_without_a_run_a_template_sees_the_day_of_its_first_use(monkeypatch):
+    class Calendar:
+        days = iter(range(1, 30))
+
+        @classmethod
+        def now(cls):
+            return datetime(2024, 7, next(cls.days))
+
+    monkeypatch.setattr(trajectory, "datetime", Calendar)
+    tokenizer = dated()
+    first = prompt_ids(tokenizer, [], "o")
+    assert prompt_ids(tokenizer, [], "o") == first != prompt_ids(dated(), [], "o")
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -210,9 +313,8 @@ def test_a_template_that_drops_old_thinking_is_refused():
         Step("o1", "<think>plan</think>Action: a"),
         Step("o2", "<think>more</think>Action: b"),
     ]
-    with pytest.raises(
-        InputError, match="breaks the prefix property in trajectory task-7"
-    ) as error:
+    says = r"rewrites history in trajectory task-7: '.*Action: a.*', not '.*<think>plan</think>"
+    with pytest.raises(InputError, match=says) as error:
         encode(expert(thinking), tiny.qwen3())
     assert "\n" not in str(error.value)
     # Without thinking it keeps every turn.
@@ -225,11 +327,126 @@ def test_a_tokenizer_without_template_is_refused(ask):
         ask(tiny.byte_level(["<s>", "</s>"], None, eos_token="</s>"))
 
 
-def test_a_template_without_a_stop_token_is_refused():
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    tokenizer = tiny.byte_level(["</s>"], template, eos_token="</s>")
-    with pytest.raises(InputError, match="without a special stop token"):
+# What is wrong with a template, and what it is changed to.
+STOP = "m.content + '<|im_end|>'"
+BROKEN = {
+    r"ends an assistant turn without a special stop token": ("'<|im_end|>' + '\n'", "'\n'"),
+    r"ignores add_generation_prompt: '<\|im_start\|>assistant\\n' is no": (
+        "add_generation_prompt",
+        "false",
+    ),
+    r"writes '<\|im_start\|>' between its call for an answer and the answer": (
+        "m.content",
+        "('<|im_start|>' if m.role == 'assistant' else '') + m.content",
+    ),
+    r"does not open an answer as it calls for one: '.*x<\|im_end\|>.*', not '.*<think>": (
+        "assistant\n",
+        "assistant\n<think>\n",
+    ),
+    r"changes the text of an answer: '.*X.*', not 'x'": ("m.content", "(m.content | upper)"),
+    r"make 'Thought: I look.\\nAction: go to desk 1 \[end\]' of the action": (
+        STOP,
+        "m.content + ' [end]<|im_end|>'",
+    ),
+    r"rewrites history: it changes the end of an answer": (
+        STOP,
+        "m.content + (' ' if not loop.last and m.role == 'assistant' else '') + '<|im_end|>'",
+    ),
+    r"rewrites history: it changes the text of an answer: '\.\.\..*, not 'x'": (
+        "m.content",
+        "(m.content if loop.last or m.role == 'user' else '...')",
+    ),
+    r"rewrites history in trajectory made up .*, not ": (
+        "in messages",
+        "in messages[-4:]",
+    ),
+    r"writes a turn differently by its place in the conversation in trajectory made up": (
+        "m.role + '\n'",
+        "m.role + (loop.index0 | string if m.role == 'user' else '') + '\n'",
+    ),
+}
+
+
+@pytest.mark.parametrize("says", BROKEN)
+def test_a_broken_template_is_refused_before_any_expert_is_read(says):
+    """One-step experts would hide most of it."""
+    old, new = BROKEN[says]
+    assert old in tiny.CHATML
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = tiny.CHATML.replace(old, new)
+    with pytest.raises(InputError, match=says) as error:
+        check_template(tokenizer, [])
+    assert "\n" not in str(error.value) and "chat_template" in str(error.value)
+
+
+@pytest.mark.parametrize("make", [*TOKENIZERS, tiny.qwen3, tiny.nested])
+def test_a_template_that_keeps_the_conversation_is_accepted(make):
+    check_template(make(), PROMPT)
+
+
+# Mistral-Nemo's: the system prompt stands in the last message of the user.
+MOVING_SYSTEM = (
+    "{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}"
+    "{{ '[INST]' + (system + '\n' if loop.last and system else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_is_tried_with_the_runs_own_prompt():
+    tokenizer = tiny.byte_level(["</s>"], MOVING_SYSTEM, eos_token="</s>")
+    check_template(tokenizer, PROMPT)
+    brief = [{"role": "system", "content": "Be brief."}]
+    with pytest.raises(InputError, match=r"rewrites history .*: '.*You are.*, not '.*Be brief"):
+        check_template(tokenizer, brief)
+    check_template(tiny.chatml(), brief)
+
+
+def test_a_tokenizer_that_loses_an_actions_text_is_refused():
+    tokenizer = tiny.chatml()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(InputError, match=r"make 'thought: i look.*' of the action 'Thought: I l"):
+        check_template(tokenizer, [])
+
+
+def test_an_action_that_the_tokens_cannot_write_is_refused_and_named():
+    """Not cut at the unknown character, which would be learnt as the end."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator([*tiny.TEXT, "fox ing .:\n<|>"], trainer)
+    names = {"unk_token": "<unk>", "eos_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        chat_template=tiny.CHATML,
+        additional_special_tokens=special[1:2],
+        **names,
+    )
+    says = "trajectory task-7, action 1: .*writes '<unk>' for a part of the action"
+    with pytest.raises(InputError, match=says):
         encode(expert(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ({"tool_use": tiny.CHATML, "rag": tiny.CHATML}, r"ValueError: .*\['rag', 'tool_use'\]"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError: can only conca"),
+        ("{{ raise_exception('Not\n  today.') }}", r"TemplateError: Not today\."),
+        ("{% for m in messages %}", "TemplateSyntaxError: Unexpected end of template"),
+    ],
+)
+def test_whatever_a_template_raises_is_one_line(template, reason):
+    tokenizer = tiny.chatml()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=f"refuses the conversation .{reason}") as error:
+        check_template(tokenizer, [])
+    assert "\n" not in str(error.value)
 
 
 def test_a_prompt_that_the_template_refuses_is_an_input_error():

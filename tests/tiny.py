@@ -3,7 +3,7 @@
 import json
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trajectory import Encoded
@@ -197,14 +197,23 @@ TEXT = [
 
 
 def byte_level(
-    special: list[str], template: str | None, like_llama: bool = False, **names
+    special: list[str],
+    template: str | None,
+    like_llama: bool = False,
+    pieces: str = "",
+    more: list[str] = (),
+    **names,
 ) -> PreTrainedTokenizerFast:
     """GPT-2-like byte-level BPE.
 
-    like_llama: the tokenizer itself adds a BOS, and most special tokens have no name.
+    like_llama: the tokenizer itself adds a BOS, and most special tokens have no name. pieces: a
+    pattern that cuts the text, instead of GPT-2's. more: text to learn from.
     """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pieces)
+    if pieces:
+        cut = pre_tokenizers.Split(Regex(pieces), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, bpe.pre_tokenizer])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=360,
@@ -212,7 +221,7 @@ def byte_level(
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    bpe.train_from_iterator(TEXT * 3, trainer)
+    bpe.train_from_iterator([*TEXT * 3, *more], trainer)
     if like_llama:
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
