@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from losses import entropy, token_logps
-from trajectory import InputError
+from system.errors import InputError
 
 NAME = "trunk_and_leaves"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trajectory import InputError
+from system.errors import InputError
 from tree import NAME, LeafCache, RowCache, TrunkAndLeaves, forward, head, scoring
 
 # Nats between a log-prob by tree attention and by the model's own forward pass, in float32.

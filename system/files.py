@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trajectory import InputError
+from system.errors import InputError
 
 
 def read_text(path: Path) -> str:

@@ -15,8 +15,8 @@ import re
 import typing
 from pathlib import Path
 
+from system.errors import InputError
 from system.files import read_text
-from trajectory import InputError
 
 
 def default(real, tiny):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from trajectory import InputError
+from system.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "what was finished is kept, the same command continues"

@@ -25,9 +25,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from system.errors import InputError
 from system.files import read_text, write_text
 from system.ranks import Ranks
-from trajectory import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Options that another start of the same run may change.

@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 
 from rollout import score
+from system.errors import InputError
 from system.ranks import Ranks
-from trajectory import Encoded, InputError
+from trajectory import Encoded
 from tree import empty_pass, kv_bytes
 
 

@@ -11,7 +11,7 @@ import tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import trajectory
+from system import template
 from trajectory import (
     Encoded,
     InputError,
@@ -150,7 +150,7 @@ def test_control_tokens_in_what_is_said_stay_text(make):
     No state grows a turn, no action ends early.
     """
     tokenizer = make()
-    special = trajectory.special_texts(tokenizer)
+    special = template.special_texts(tokenizer)
     split = special[0][:3] + special[0] + special[0][3:]
     quote = "You see a note: " + "".join(special) + " " + " ".join(special) + " " + split
     quiet_steps = [Step("A note.", "Thought: read\nAction: read"), Step("Nothing.", "Action: go")]
@@ -159,7 +159,7 @@ def test_control_tokens_in_what_is_said_stay_text(make):
     quiet = encode(expert(quiet_steps), tokenizer)
     loud = encode(expert(loud_steps, loud_prompt), tokenizer)
 
-    control = trajectory.special_ids(tokenizer)
+    control = template.special_ids(tokenizer)
     written = [token for token in loud.ids if token in control]
     assert written == [token for token in quiet.ids if token in control]
     start, end = loud.spans[0]
@@ -299,7 +299,7 @@ def test_without_a_run_a_template_sees_the_day_of_its_first_use(monkeypatch):
         def now(cls):
             return datetime(2024, 7, next(cls.days))
 
-    monkeypatch.setattr(trajectory, "datetime", Calendar)
+    monkeypatch.setattr(template, "datetime", Calendar)
     tokenizer = dated()
     first = prompt_ids(tokenizer, [], "o")
     assert prompt_ids(tokenizer, [], "o") == first != prompt_ids(dated(), [], "o")
