@@ -226,6 +226,8 @@ class Config:
     practice_experts: int = default(0, tiny=600)
     # full: instruction and one-shot example; none: a model made from scratch needs neither
     prompt: Literal["full", "none"] = default("full", tiny="none")
+    # learn also from trajectories of --expert whose tasks are in a test split
+    train_on_test: bool = False
     # file with the prompt: JSON chat messages, or the instruction as plain text
     prompt_file: str = ""
 

@@ -13,6 +13,7 @@ from envs import (
     save_trajectories,
     some,
     source_file,
+    with_example,
 )
 from system.files import read_text
 from system.run_dir import ROOT, RunDir
@@ -48,7 +49,7 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
             save_trajectories(str(path), show_train_tasks(run, env))
         run.ranks.barrier()
         return load_trajectories(str(path))[: config.experts or None]
-    experts = load_trajectories(config.expert)
+    experts = renamed(run, env, load_trajectories(config.expert))
     if hasattr(env, "right"):
         right = env.right(experts)
         if not right:
@@ -62,17 +63,63 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
                 "answer is no exact match are left out"
             )
         experts = right
-    experts = experts[: config.experts or None]
-    if plays:
-        tasks = set().union(*env.splits.values())
-        strange = sorted({expert.task_id for expert in experts} - tasks)
-        if strange:
-            raise InputError(
-                f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
-                "plays the tasks of the expert file; name them as the environment does, such as "
-                f"{env.splits['train'][0]!r}"
-            )
+    experts = without_test_tasks(run, env, experts)[: config.experts or None]
+    strange = []
+    for expert, task in zip(experts, tasks_of(env, experts)):
+        strange += [] if task else [expert.task_id]
+    if strange and plays:
+        raise InputError(
+            f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
+            "plays the tasks of the expert file; name them as the environment does, such as "
+            f"{env.splits['train'][0]!r}"
+        )
+    if strange:
+        run.say(
+            f"{config.expert}: {len(strange)} of {len(experts)} are no tasks of {config.env}, such "
+            f"as {strange[0]!r}; whether they are among its test tasks is not known"
+        )
     return experts
+
+
+def tasks_of(env, experts: list[Trajectory]) -> list[str | None]:
+    """The environment's tasks that these trajectories show; None where it has no such task."""
+    if hasattr(env, "task_of"):
+        return [env.task_of(expert) for expert in experts]
+    known = set().union(*env.splits.values())
+    return [expert.task_id if expert.task_id in known else None for expert in experts]
+
+
+def renamed(run: RunDir, env, experts: list[Trajectory]) -> list[Trajectory]:
+    """The trajectories under the environment's names of their tasks, one of each task."""
+    named = {}
+    for expert, task in zip(experts, tasks_of(env, experts)):
+        expert.task_id = task or expert.task_id
+        named.setdefault(expert.task_id, expert)
+    if len(named) < len(experts):
+        again = len(experts) - len(named)
+        run.say(f"{run.config.expert}: {again} plays of a task that has one already are left out")
+    return list(named.values())
+
+
+def without_test_tasks(run: RunDir, env, experts: list[Trajectory]) -> list[Trajectory]:
+    """Drops tasks of the splits that are only tested on, unless --train-on-test; says so."""
+    config = run.config
+    train, dev = (set(env.splits.get(name, [])) for name in ("train", "dev"))
+    tested = set().union(*env.splits.values()) - train - dev
+    seen = sum(one.task_id in dev for one in experts)
+    if seen:
+        run.say(f"{config.expert}: {seen} plays are of tasks of dev, whose figures flatter then")
+    kept = [one for one in experts if one.task_id not in tested]
+    found = f"{config.expert}: {len(experts) - len(kept)} of {len(experts)} plays are of test tasks"
+    if len(kept) == len(experts):
+        return experts
+    if config.train_on_test:
+        run.say(f"{found} and are learnt (--train-on-test); figures on test flatter then")
+        return experts
+    if not kept:
+        raise InputError(f"{found}; give plays of train tasks, or --train-on-test")
+    run.say(f"{found} and are left out")
+    return kept
 
 
 def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
@@ -112,12 +159,18 @@ def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
 
 
 def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
-    """Every conversation's opening; an expert file's prompts stand, unless --prompt-file."""
-    from_file = bool(config.expert and experts[0].prompt) and not config.prompt_file
+    """Every conversation's opening, in training and evaluation.
+
+    An expert file's instruction stands, unless --prompt-file. With --prompt full it gets the
+    environment's example if it has none: the paper's prompt has one (section 6.4).
+    """
+    if config.expert and experts[0].prompt and not config.prompt_file:
+        if config.prompt == "full":
+            for expert in experts:
+                expert.prompt = with_example(expert.prompt, env)
+        return experts[0].prompt
     if config.prompt_file:
         prompt = read_prompt(config.prompt_file)
-    elif from_file:
-        return experts[0].prompt
     else:
         prompt = prompt_messages(env) if config.prompt == "full" else []
     for expert in experts:
