@@ -468,7 +468,10 @@ class Parser(argparse.ArgumentParser):
                 # The question benchmarks share a module.
                 files = files[name]
             lines.append(textwrap.fill(f"  {name}: {files}", 100, subsequent_indent="      "))
-        lines += ["", "options of each (its class says what they mean):"]
+        lines += [
+            "",
+            "options of all: workers=N, lenient=1 (see make_env); of each (see its class):",
+        ]
         for name in ENVIRONMENTS:
             options = [f"{key}={default}" for key, default in known_options(name).items()]
             lines.append(f"  {name}: {', '.join(options)}")

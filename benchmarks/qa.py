@@ -203,7 +203,7 @@ BENCHMARKS = {
     ),
     "2wikimultihopqa": Benchmark(
         read_2wiki,
-        "github.com/Alab-NII/2wikimultihop",
+        "github.com/Alab-NII/2wikimultihop; beside them, if wanted, id_aliases.json",
         train=("train.json", "train*.json"),
         dev=("dev.json", "dev*.json"),
         paper={"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},

@@ -49,24 +49,24 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
             save_trajectories(str(path), show_train_tasks(run, env))
         run.ranks.barrier()
         return load_trajectories(str(path))[: config.experts or None]
-    experts = renamed(run, env, load_trajectories(config.expert))
+    experts = load_trajectories(config.expert)
+    tasks = tasks_of(env, experts)
+    named = {}
+    for expert, task in zip(experts, tasks):
+        expert.task_id = task or expert.task_id
+        named.setdefault(expert.task_id, expert)
+    experts = sift(run, experts, list(named.values()), "that repeat a task")
     if hasattr(env, "right"):
-        right = env.right(experts)
-        if not right:
-            raise InputError(
-                f"{config.expert}: none of its {len(experts)} answers is right; give a file of "
-                "successful plays"
-            )
-        if len(right) < len(experts):
-            run.say(
-                f"{config.expert}: {len(experts) - len(right)} of {len(experts)} plays whose "
-                "answer is no exact match are left out"
-            )
-        experts = right
-    experts = without_test_tasks(run, env, experts)[: config.experts or None]
-    strange = []
-    for expert, task in zip(experts, tasks_of(env, experts)):
-        strange += [] if task else [expert.task_id]
+        experts = sift(run, experts, env.right(experts), "whose answer is no exact match")
+    train, dev = (set(env.splits.get(name, [])) for name in ("train", "dev"))
+    if not config.train_on_test:
+        tested = set().union(*env.splits.values()) - train - dev
+        kept = [expert for expert in experts if expert.task_id not in tested]
+        experts = sift(run, experts, kept, "of test tasks, unless --train-on-test,")
+    experts = experts[: config.experts or None]
+    if seen := sum(expert.task_id in dev for expert in experts):
+        run.say(f"{config.expert}: {seen} of {len(experts)} plays are of dev tasks")
+    strange = [expert.task_id for expert in experts if expert.task_id not in tasks]
     if strange and plays:
         raise InputError(
             f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
@@ -75,8 +75,8 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
         )
     if strange:
         run.say(
-            f"{config.expert}: {len(strange)} of {len(experts)} are no tasks of {config.env}, such "
-            f"as {strange[0]!r}; whether they are among its test tasks is not known"
+            f"{config.expert}: {len(strange)} of {len(experts)} plays, such as {strange[0]!r}, are "
+            f"of no task that {config.env} has; some may be of its test tasks"
         )
     return experts
 
@@ -89,36 +89,13 @@ def tasks_of(env, experts: list[Trajectory]) -> list[str | None]:
     return [expert.task_id if expert.task_id in known else None for expert in experts]
 
 
-def renamed(run: RunDir, env, experts: list[Trajectory]) -> list[Trajectory]:
-    """The trajectories under the environment's names of their tasks, one of each task."""
-    named = {}
-    for expert, task in zip(experts, tasks_of(env, experts)):
-        expert.task_id = task or expert.task_id
-        named.setdefault(expert.task_id, expert)
-    if len(named) < len(experts):
-        again = len(experts) - len(named)
-        run.say(f"{run.config.expert}: {again} plays of a task that has one already are left out")
-    return list(named.values())
-
-
-def without_test_tasks(run: RunDir, env, experts: list[Trajectory]) -> list[Trajectory]:
-    """Drops tasks of the splits that are only tested on, unless --train-on-test; says so."""
-    config = run.config
-    train, dev = (set(env.splits.get(name, [])) for name in ("train", "dev"))
-    tested = set().union(*env.splits.values()) - train - dev
-    seen = sum(one.task_id in dev for one in experts)
-    if seen:
-        run.say(f"{config.expert}: {seen} plays are of tasks of dev, whose figures flatter then")
-    kept = [one for one in experts if one.task_id not in tested]
-    found = f"{config.expert}: {len(experts) - len(kept)} of {len(experts)} plays are of test tasks"
-    if len(kept) == len(experts):
-        return experts
-    if config.train_on_test:
-        run.say(f"{found} and are learnt (--train-on-test); figures on test flatter then")
-        return experts
+def sift(run: RunDir, experts: list, kept: list, which: str) -> list[Trajectory]:
+    """The kept ones of a file; says which are not. InputError if there are none."""
+    file, total = run.config.expert, len(experts)
     if not kept:
-        raise InputError(f"{found}; give plays of train tasks, or --train-on-test")
-    run.say(f"{found} and are left out")
+        raise InputError(f"{file}: all {total} plays {which} are left out; give another file")
+    if len(kept) < total:
+        run.say(f"{file}: {total - len(kept)} of {total} plays {which} are left out")
     return kept
 
 
