@@ -44,6 +44,8 @@ class Question:
     pages: dict[str, str]
     # What the expert does: (title of a page, what it wants to know, what it reads there).
     hops: list[tuple[str, str, str]]
+    # 2Wiki: the answer's entity in Wikidata.
+    answer_id: str | None = None
 
 
 # ---------------------------------------------------------------------------- the three formats
@@ -87,7 +89,23 @@ def read_2wiki(row: dict, where: str) -> Question:
         wanted = f"I want to know the {relation} of {title}."
         hops.append((title, wanted, f"The {relation} of {title} is {thing}."))
     question, answer, kind = [text_of(row, key, where) for key in ("question", "answer", "type")]
-    return Question(question, [answer], kind, pages, hops)
+    answer_id = row.get("answer_id")
+    known = isinstance(answer_id, str | None)
+    need(known, where, f"'answer_id' is not text but {type(answer_id).__name__}")
+    return Question(question, [answer], kind, pages, hops, answer_id)
+
+
+def read_aliases(path: str, wanted: set[str]) -> dict[str, list[str]]:
+    """2Wiki's names of the entities that answers are: {id: aliases and demonyms}."""
+    aliases = {}
+    for row_name, row in json_lines(read_contents(path, "download it again"), path):
+        where = f"{path}, {row_name}"
+        need(isinstance(row, dict), where, "is not a JSON object; download it again")
+        if text_of(row, "Q_id", where) in wanted:
+            others = [row.get("aliases"), row.get("demonyms")]
+            need(all(map(is_texts, others)), where, "'aliases' or 'demonyms' is not a list of text")
+            aliases[row["Q_id"]] = others[0] + others[1]
+    return aliases
 
 
 def read_musique(row: dict, where: str) -> Question:
@@ -185,7 +203,7 @@ BENCHMARKS = {
     ),
     "2wikimultihopqa": Benchmark(
         read_2wiki,
-        "github.com/Alab-NII/2wikimultihop",
+        "github.com/Alab-NII/2wikimultihop; beside them, if wanted, id_aliases.json",
         train=("train.json", "train*.json"),
         dev=("dev.json", "dev*.json"),
         paper={"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},
@@ -230,21 +248,9 @@ def answer_f1(answer: str, gold: str, squad: bool = False) -> float:
 
 
 def parse_call(action: str | None) -> tuple[str, str] | None:
-    """("search" | "finish", its argument), or None.
-
-    The argument may hold brackets. What follows the closing bracket is ignored; it may be missing.
-    """
-    match = re.match(r"(search|finish)\s*\[(.*)", action or "", re.IGNORECASE)
-    if not match:
-        return None
-    argument = match[2].strip()
-    depth = 1
-    for i, character in enumerate(argument):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth == 0:
-            argument = argument[:i].strip()
-            break
-    return (match[1].lower(), argument) if argument else None
+    """("search" | "finish", its argument), or None; as ReAct reads it: the last bracket closes."""
+    match = re.fullmatch(r"\s*([Ss]earch|[Ff]inish)\[(.*)\]", action or "")
+    return (match[1].lower(), match[2].strip()) if match else None
 
 
 def exact_key(title: str) -> str:
@@ -386,6 +392,9 @@ class QA:
         self.pages: dict[str, str] = {}
         for split in rows:
             self._read(rows[split])
+        path = os.path.join(folder, "id_aliases.json")
+        if name == "2wikimultihopqa" and os.path.exists(path):
+            self._accept_aliases(path)
         self.titles = Titles(list(self.pages))
 
     def _split(self, rows: dict[str, dict], train_from_dev: int) -> dict[str, list[str]]:
@@ -420,6 +429,13 @@ class QA:
                 need(task_id not in self.questions, where, problem)
                 self.questions[task_id] = question
 
+    def _accept_aliases(self, path: str) -> None:
+        """As in 2Wiki's evaluation since v1.1."""
+        wanted = {question.answer_id for question in self.questions.values()}
+        aliases = read_aliases(path, wanted)
+        for question in self.questions.values():
+            question.answers += map(clean, aliases.get(question.answer_id, []))
+
     @functools.cached_property
     def example(self) -> str:
         return shortest_play(self, 100)
@@ -452,22 +468,31 @@ class QA:
         """Exact match with the answer or an alias."""
         return normalize_answer(answer) in map(normalize_answer, question.answers)
 
+    @functools.cached_property
+    def asked(self) -> dict[str, str]:
+        """{question: task id}"""
+        return {question.text: task_id for task_id, question in self.questions.items()}
+
+    def task_of(self, expert: Trajectory) -> str | None:
+        """FireAct names a question by its text."""
+        if expert.task_id in self.questions:
+            return expert.task_id
+        return self.asked.get(clean(expert.task_id))
+
     def right(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Those whose answer is an exact match, as in the paper, with their task ids.
 
         If the files do not have the question, the trajectory's reward decides.
         """
-        task_ids = {question.text: task_id for task_id, question in self.questions.items()}
         kept = []
         for trajectory in trajectories:
-            task_id, reward = trajectory.task_id, trajectory.reward
-            if task_id not in self.questions:
-                task_id = task_ids.get(clean(task_id), task_id)
-            if task_id in self.questions:
+            task_id, reward = self.task_of(trajectory), trajectory.reward
+            if task_id:
                 verb, answer = parse_call(parse_action(trajectory.steps[-1].action)) or ("", "")
                 matches = self.matches(self.questions[task_id], answer)
                 reward = float(verb == "finish" and matches)
             if reward >= 1:
+                task_id = task_id or trajectory.task_id
                 kept.append(replace(trajectory, task_id=task_id, reward=reward))
         return kept
 

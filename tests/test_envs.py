@@ -22,7 +22,7 @@ from envs import (
     save_trajectories,
     source_file,
 )
-from trajectory import InputError, Step, Trajectory
+from trajectory import InputError, Step, Trajectory, lenient_action
 
 ROOT = Path(envs.__file__).parent
 
@@ -205,7 +205,7 @@ def test_missing_parts_are_found_with_workers_too(garden):
 
 
 def test_an_option_that_the_file_lacks_is_refused(garden):
-    with pytest.raises(InputError, match="no option 'rooms'; it has: plants, workers"):
+    with pytest.raises(InputError, match="no option 'rooms'; it has: plants, workers, lenient"):
         make_env(f"{garden}:Garden", rooms=1)
 
 
@@ -263,38 +263,62 @@ def test_the_prompt_announces_an_example_only_where_there_is_one():
     assert prompt_messages(world)[0]["content"] == "Rules.\n\nHere is an example.\nShown."
 
 
-@pytest.mark.parametrize(
-    "text, action",
-    [
-        ("Thought: I look.\nAction: go to desk 1", "go to desk 1"),
-        ("Action: look", "look"),
-        ("action : look", "look"),
-        ("ACTION:look", "look"),
-        ("Action 1: look", "look"),
-        ("**Action:** look", "look"),
-        ("*Action*: look", "look"),
-        ("### Action 2: look", "look"),
-        ("__Action:__ look", "look"),
-        ("Thought 1: x.\n**Action 1:** `look`", "look"),
-        ("Reaction 1: joy", None),
-        ("Action: `open door`", "open door"),
-        ("Action: **look**", "look"),
-        ("Action: look.", "look"),
-        ("Action:   go   to  desk 1  ", "go to desk 1"),
-        ("Action:\nlook", "look"),
-        ("Action: a\nObservation: b\nAction: c", "a"),
-        ("Thought: x. Action: look", "look"),
-        ("", None),
-        ("Action:", None),
-        ("Action: \n", None),
-        ("I look around", None),
-        ("Action: .", None),
-        ("my reaction: joy", None),
-        ("Thought: the action: is clear", None),
-    ],
-)
-def test_parse_action(text, action):
-    assert parse_action(text) == action
+# What the originals read, then what a lenient reader does.
+READINGS = [
+    ("Thought: I look.\nAction: go to desk 1", "go to desk 1", "go to desk 1"),
+    ("Action: look", "look", "look"),
+    ("Action:look", "look", "look"),
+    ("Action:\nlook", "look", "look"),
+    ("Action: look \n", "look", "look"),
+    ("Thought: x. Action: look", "look", "look"),
+    ("Action: Go to Desk 1", "Go to Desk 1", "go to desk 1"),
+    ("Action: look.", "look.", "look"),
+    ("Action: `open door`.", "`open door`.", "open door"),
+    ("Action: **look**", "**look**", "look"),
+    ("Action:   go   to  desk 1  ", "  go   to  desk 1", "go to desk 1"),
+    ("Action: a\nObservation: b\nAction: c", "a\nObservation: b\nAction: c", "a"),
+    ("Action: Search[The Hen].", "Search[The Hen].", "search[The Hen]"),
+    ("Action: Finish[Ba`ath Party]", "Finish[Ba`ath Party]", "finish[Ba`ath Party]"),
+    ('Action: click["Next >"]', 'click["Next >"]', "click[Next >]"),
+    ('Action: click[18" x 18"]', 'click[18" x 18"]', 'click[18" x 18"]'),
+    ("Action: .", ".", None),
+    ("action : look", None, "look"),
+    ("ACTION:look", None, "look"),
+    ("Action 1: look", None, "look"),
+    ("### Action 2: look", None, "look"),
+    ("Thought 1: x.\n**Action 1:** `look`", None, "look"),
+    ("**Action:** look", "** look", "look"),
+    ("Reaction 1: joy", None, None),
+    ("my reaction: joy", None, None),
+    ("Thought: the action: is clear", None, None),
+    ("", None, None),
+    ("Action:", None, None),
+    ("Action: \n", None, None),
+    ("I look around", None, None),
+]
+
+
+@pytest.mark.parametrize("text, action, loosely", READINGS)
+def test_an_action_is_read_as_it_stands_or_leniently(text, action, loosely):
+    assert (parse_action(text), lenient_action(text)) == (action, loosely)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("lenient", [0, 1])
+def test_a_world_is_lenient_only_if_asked(garden, workers, lenient):
+    world = make_env(f"{garden}:Garden", workers=workers, lenient=lenient)
+    for form in ("Sow", "sow.", "`sow`", "sow\nObservation: 9 plants."):
+        episode, _ = world.start("bed-0")
+        assert episode.step(f"Action: {form}")[3]["valid"] == bool(lenient)
+        assert episode.step("Action: sow")[3]["valid"]
+        assert not episode.step("I sow.")[3]["valid"]
+    assert world.splits["dev"] == ["bed-2"] and world.expert("bed-1").reward == 1
+
+
+@pytest.mark.parametrize("lenient", [2, "yes", -1])
+def test_a_bad_leniency_is_refused(lenient):
+    with pytest.raises(InputError, match="lenient must be 0 or 1"):
+        make_env("household", lenient=lenient)
 
 
 # ---------------------------------------------------------------------------- expert files
@@ -356,6 +380,36 @@ def test_eto_conversations(tmp_path):
     assert (shown.task_id, shown.reward) == ("7", 0.25)
 
 
+def test_a_game_s_file_is_its_name_and_other_chats_are_read_alike(tmp_path):
+    """ETO's games, copies of them with role and content, AgentGym's rows, a list or lines."""
+    [eto] = load_trajectories(written(tmp_path, ETO))
+    [game] = load_trajectories(written(tmp_path, [ETO[0] | {"game_file": "data/train/x/y"}]))
+    assert game.task_id == "data/train/x/y" and game.steps == eto.steps
+    messages = []
+    for turn in ETO[0]["conversations"]:
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        messages.append({"role": role, "content": turn["value"]})
+    for row in (
+        {"id": "kitchen-1", "conversations": messages},
+        {"id": "kitchen-1", "messages": messages},
+        {"item_id": "kitchen-1", "conversations": ETO[0]["conversations"]},
+    ):
+        assert load_trajectories(written(tmp_path, [row])) == [eto]
+        assert load_trajectories(written(tmp_path, json.dumps(row))) == [eto]
+    told = [{"role": "system", "content": "Be brief."}, *messages]
+    [play] = load_trajectories(written(tmp_path, [{"id": "kitchen-1", "messages": told}]))
+    assert play.prompt == [told[0], *eto.prompt] and play.steps == eto.steps
+    # A list of our own rows.
+    [own] = load_trajectories(written(tmp_path, [OWN]))
+    assert own.task_id == "t1"
+
+
+def test_agentgym_s_action_stands_on_a_line_of_its_own(tmp_path):
+    said = ["Rules.", "Ok.", "A page.", "Thought:\nI search.\n\nAction:\nsearch[dress]"]
+    [play] = load_trajectories(written(tmp_path, conversation(*said)))
+    assert parse_action(play.steps[0].action) == "search[dress]"
+
+
 def test_the_label_of_observations_is_taken_off(tmp_path):
     said = ["Rules.", "OK", "Observation: A desk.", "Action: look"]
     said += ["Observation:\nObservation: twice", "Action: go"]
@@ -365,12 +419,15 @@ def test_the_label_of_observations_is_taken_off(tmp_path):
     assert shown.prompt[0]["content"] == "Rules."
 
 
-def test_of_a_repeated_conversation_the_first_is_kept_and_the_other_named(tmp_path, capsys):
+def test_of_a_repeated_task_the_first_is_kept_and_the_other_named(tmp_path, capsys):
     twice = [*ETO, ETO[0] | {"reward": 0.5}]
     once = load_trajectories(written(tmp_path, ETO))
     assert load_trajectories(written(tmp_path, twice)) == once
     told = "entry 1: repeats the id 'kitchen-1' of entry 0; left out"
     assert told in capsys.readouterr().err
+    [own] = load_trajectories(written(tmp_path, changed() + "\n\n" + changed(reward=1)))
+    assert own.reward == 0.5
+    assert "line 3: repeats the id 't1' of line 1; left out" in capsys.readouterr().err
 
 
 def test_save_and_load_round_trip(tmp_path):
@@ -415,6 +472,7 @@ def test_saving_where_one_cannot_is_an_input_error(tmp_path):
         save_trajectories(str(tmp_path / "no" / "x.jsonl"), [])
 
 
+CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "OK"}]
 STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
 
 
@@ -432,7 +490,6 @@ STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
         ("hello", "broken JSON"),
         ("[" * 100000, "nested too deep"),
         (changed() + "\n" + changed()[:50], "line 2: broken JSON"),
-        (changed() + "\n\n" + changed(), "line 3: repeats the id 't1' of line 1"),
         (changed(steps=[]), "line 1: has no actions"),
         (changed(steps=3), "'steps' is missing or not a list"),
         (changed(steps=[{"observation": "o"}]), "'action' is missing"),
@@ -458,6 +515,10 @@ STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
         ([{"conversations": []}], "'id' is missing"),
         ([{"id": True, "conversations": []}], "'id' is missing"),
         ([{"id": "x"}], "'conversations' is missing"),
+        ([{"item_id": "x", "conversations": None}], "'conversations' is missing"),
+        ([{"messages": CHAT}], "'id' is missing; only FireAct's"),
+        ([{"id": "x", "messages": CHAT * 2}], 'action 0 has no "Action:"'),
+        ([{"id": "x", "messages": [{"role": "tool", "content": "x"}]}], "is from 'tool'"),
         ([ETO[0] | {"reward": None}], "'reward' is not"),
     ],
 )
