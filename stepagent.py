@@ -505,7 +505,8 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     if part is None:
         temperatures = [config.temperature] * config.practice
         label = f"iteration {i}: practice for D's test"
-        unseen = practise(agent, agent.held_out("dev", agent.prompt)[:100], temperatures, label, i)
+        held_out = agent.held_out("dev", agent.prompt, 100)
+        unseen = practise(agent, held_out, temperatures, label, i)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
         scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
