@@ -275,6 +275,13 @@ def test_a_single_action_is_compared_with_those_of_all_states():
     assert torch.allclose(advantage, torch.tensor([[1.0], [-1.0]]))
 
 
+def test_a_reward_that_rounding_alone_tells_apart_is_none():
+    """phi, still the policy, may have read other trajectories together."""
+    noise = 1e-6 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    [advantage] = step_advantages([ActionValues(torch.zeros(50), math.log(0.5) + noise)])
+    assert not advantage.any()
+
+
 def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, monkeypatch, model):
     """Reward 0 for the first practice action of every state, -1 for the second."""
 
