@@ -76,7 +76,7 @@ METRICS = {
     "state, where it learnt",
     "d_pairs_held_out": "the same on tasks that it did not learn from",
     "js": "log 2 - d_loss_held_out / 2: in expectation a lower bound of the Jensen-Shannon "
-    "divergence of expert and agent at expert states, in nats",
+    "divergence of expert and agent at expert states, in nats; below 0 where D is too sure",
     "log_d_expert": "mean log D of expert actions, clamped at -5",
     "log_d_agent": "mean log D of practice actions, clamped at -5",
     "log_d_gap": "mean log D of practice actions that equal the expert's minus that of others in "

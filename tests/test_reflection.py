@@ -511,6 +511,9 @@ def test_phi_begins_as_the_policy_in_every_iteration(tmp_path, monkeypatch, star
     assert of_first["name"] == "discriminator" and len(of_first["batches"]) > 9
     tasks = [one.task_id for batch in of_first["batches"] for one in batch]
     assert [len(set(tasks[first : first + 6])) for first in (0, 6, 12)] == [6, 6, 6]
+    for batch in of_first["batches"][:-1]:
+        actions = [one.differs.numel() for one in batch]
+        assert sum(actions) >= 10 > sum(actions[:-1])
     assert of_first["rates"][0] == 2e-3 and of_first["rates"] == sorted(of_first["rates"])[::-1]
     assert of_first["rates"][-1] < 4e-4
 
