@@ -127,11 +127,15 @@ def gae(
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Zero mean, unit variance (population); constant values become 0, whatever rounding leaves."""
+    """Zero mean, unit variance (population).
+
+    Values become 0 if rounding alone could tell them apart: they are nats, or rewards within 0 and
+    1, and the log-prob of an action is a sum of hundreds of float32 numbers.
+    """
     if values.numel() == 0:
         return torch.zeros_like(values)
     std = values.std(unbiased=False)
-    if std <= 1e-6 * values.abs().max():
+    if std <= 1e-4:
         return torch.zeros_like(values)
     return (values - values.mean()) / std
 

@@ -508,7 +508,8 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     if part is None:
         temperatures = [config.temperature] * config.practice
         label = f"iteration {i}: practice for D's test"
-        unseen = practise(agent, agent.held_out("dev", agent.prompt)[:100], temperatures, label, i)
+        held_out = agent.held_out("dev", agent.prompt, 100)
+        unseen = practise(agent, held_out, temperatures, label, i)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
         scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
@@ -564,22 +565,20 @@ def reflect_inverse(
             with_entropy=True,
         )
         logps = torch.cat([one.leaf_tokens for one in scores])
-        entropies = torch.cat([one.leaf_entropy for one in scores])
-        old = torch.cat([one.ref_tokens for one in micro])
+        old = torch.cat([one.ref_tokens for one in micro]).to(logps.device)
+        written = count = sum(len(one.ref_tokens) for one in batch)
+        # Of practice alone, which pi_i has sampled.
+        entropy = sum(one.leaf_entropy.sum() for one in scores) / written  # lambda H of eq. 8
+        kl = losses.kl_k3(logps, old).sum() / written
         if config.expert_in_group:
+            ref_expert = torch.cat([one.ref_expert_tokens for one in micro]).to(logps.device)
             logps = torch.cat([*(one.trunk_tokens for one in scores), logps])
-            old = torch.cat([*(one.ref_expert_tokens for one in micro), old])
-        old = old.to(logps.device)
+            old = torch.cat([ref_expert, old])
+            count += sum(len(one.ref_expert_tokens) for one in batch)
         of_expert, of_agent = zip(*(on_tokens[one.task_id] for one in micro))
         advantage = torch.cat([*of_expert, *of_agent]).to(logps.device)
-        written = sum(len(one.ref_tokens) for one in batch)
-        count = written
-        if config.expert_in_group:
-            count += sum(len(one.ref_expert_tokens) for one in batch)
         mask = torch.ones_like(old)
         loss, info = losses.ppo_loss(logps, old, advantage, mask, config.clip, count)  # line 12
-        entropy = entropies.sum() / written  # lambda H of eq. 8
-        kl = losses.kl_k3(logps, old).sum() / count
         loss = loss - config.entropy * entropy + config.kl * kl
         return loss, info | {"entropy": entropy.detach(), "kl": kl.detach()}
 

@@ -82,20 +82,24 @@ class Agent:
         """At whose states the agent practises: the last --practice-experts."""
         return self.experts[-(self.config.practice_experts or len(self.experts)) :]
 
-    def held_out(self, split: str, prompt: list[dict]) -> list[Demonstration]:
-        """The world's own expert on at most 300 tasks of a split, which nobody learns from.
+    def held_out(self, split: str, prompt: list[dict], most: int = 300) -> list[Demonstration]:
+        """The world's own expert on at most `most` tasks of a split, which nobody learns from.
 
-        None where the world has no such split, or where experts come from a file: its authors may
-        act in other words.
+        Those that fit into the model's context. None where the world has no such split, or where
+        experts come from a file: its authors may act in other words.
         """
         if self.config.expert or split not in self.env.splits:
             return []
-        tasks = some(self.env.splits[split], min(300, self.config.eval_tasks or 300))
+        learnt = {one.task_id for one in self.experts}
+        tasks = [task for task in self.env.splits[split] if task not in learnt]
+        tasks = some(tasks, min(300, self.config.eval_tasks or 300))
+        wanted = set(some(tasks, most))
         found = []
         for trajectory in load_shown(self.run, self.env, split, tasks):
             trajectory.prompt = prompt
             encoded = encode(trajectory, self.tokenizer)
-            if encoded.tokens <= self.policy.config.max_position_embeddings:
+            fits = encoded.tokens <= self.policy.config.max_position_embeddings
+            if fits and trajectory.task_id in wanted:
                 found.append(Demonstration(trajectory, encoded))
         return found
 

@@ -75,14 +75,14 @@ METRICS = {
     "d_pairs_learnt": "how often D puts the expert's action above a different one of the same "
     "state, where it learnt",
     "d_pairs_held_out": "the same on tasks that it did not learn from",
-    "js": "log 2 - d_loss_held_out / 2: a lower bound, by D, of the Jensen-Shannon divergence of "
-    "expert and agent at expert states, in nats",
+    "js": "log 2 - d_loss_held_out / 2: in expectation a lower bound of the Jensen-Shannon "
+    "divergence of expert and agent at expert states, in nats; below 0 where D is too sure",
     "log_d_expert": "mean log D of expert actions, clamped at -5",
     "log_d_agent": "mean log D of practice actions, clamped at -5",
     "log_d_gap": "mean log D of practice actions that equal the expert's minus that of others in "
     "the same state: does the reward lead to the expert?",
     "expert_nll": "nats of the expert's action at its states in tasks that nobody learns from",
-    "expert_match": "how often the greedy action there is the expert's",
+    "expert_match": "how often the greedy action there has the expert's text",
     "expert_match_sampled": "how often a sampled action there is the expert's",
     "expert_states": "how many states these three are means of",
     "episodes": "episodes played in the iteration (explore)",
@@ -96,7 +96,7 @@ METRICS = {
     "did not learn from",
     "value_loss": "the value head's loss on the tasks that it learns from",
     "value_loss_held": "the value head's loss on held-out tasks",
-    "value_passes": "passes of the value head, as d_passes",
+    "value_passes": "passes of the value head before its held-out loss stopped falling",
     "name": "which evaluation: eval_0 is the start, eval_i follows iteration i, final is the last",
     "split": "the split evaluated",
     "tasks": "number of tasks evaluated",

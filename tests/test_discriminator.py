@@ -38,13 +38,13 @@ def test_figures_of_a_discriminator_by_hand():
         ActionValues(torch.tensor([2.0, 0.0]), torch.tensor([[1.0, 3.0], [0.0, -1.0]])),
         ActionValues(torch.tensor([1.0]), torch.tensor([[-2.0, 1.0]])),
     ]
-    practised = [practice_of([True, True], [False, True]), practice_of([True, False])]
+    practised = [practice_of([True, True], [True, True]), practice_of([True, False])]
     found = figures_of(judged, practised, "held_out")
     expert, agent = [2.0, 0.0, 1.0], [1.0, 3.0, 0.0, -1.0, -2.0, 1.0]
     wins = sum((a > b) + (a == b) / 2 for a in expert for b in agent)
     assert found["d_auc_held_out"] == pytest.approx(wins / 18)
-    # 2 > 1, not 2 > 3, 0 > -1, 1 > -2.
-    assert found["d_pairs_held_out"] == pytest.approx(3 / 4)
+    # 2 > 1, not 2 > 3, not 0 > 0, 0 > -1, 1 > -2.
+    assert found["d_pairs_held_out"] == pytest.approx(3 / 5)
     loss = sum(math.log1p(math.exp(-value)) for value in expert) / 3
     loss += sum(math.log1p(math.exp(value)) for value in agent) / 6
     assert found["d_loss_held_out"] == pytest.approx(loss)

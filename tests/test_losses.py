@@ -220,6 +220,63 @@ def test_reward_rises_with_expert_likeness():
     assert policy.grad[0] < 0 < policy.grad[1]
 
 
+def three_actions():
+    """Expert and policy over three actions, as probabilities."""
+    expert = tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    return expert, tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+
+
+def divergence(one, other):
+    """KL(one || other)."""
+    return (one * (one / other).log()).sum()
+
+
+def expected_discriminator(phi, policy, expert):
+    """Eq. 11 in expectation, by enumeration; phi: log-probs, which need not sum to 1."""
+    logits, total = phi - policy.log(), 0
+    for action in range(len(expert)):
+        logit, nothing = logits[action : action + 1], logits[:0]
+        total = total + expert[action] * discriminator_loss(logit, nothing)[0]
+        total = total + policy[action] * discriminator_loss(nothing, logit)[0]
+    return total
+
+
+def test_the_best_phi_is_the_expert_and_its_loss_tells_the_divergence():
+    """2 log 2 - 2 JS, and more for every other phi."""
+    expert, policy = three_actions()
+    best = expert.log().requires_grad_()
+    loss = expected_discriminator(best, policy, expert)
+    [gradient] = torch.autograd.grad(loss, best)
+    assert gradient.abs().max() < 1e-12
+    middle = (expert + policy) / 2
+    js = (divergence(expert, middle) + divergence(policy, middle)) / 2
+    assert loss.item() == approx(2 * LN2 - 2 * js.item())
+    for other in (policy.log(), 2 * best.detach(), best.detach() + 0.1):
+        assert expected_discriminator(other, policy, expert) > loss
+
+
+def test_the_first_step_of_the_discriminator_is_half_an_sft_step_in_expectation():
+    expert, policy = three_actions()
+    logits = policy.log().requires_grad_()
+    phi = torch.log_softmax(logits, -1)
+    loss = expected_discriminator(phi, policy, expert)
+    [gradient] = torch.autograd.grad(loss, logits, retain_graph=True)
+    [sft] = torch.autograd.grad(-(expert * phi).sum(), logits)
+    assert torch.allclose(gradient, sft / 2, atol=1e-12) and sft.abs().max() > 0.1
+
+
+def test_the_reward_of_the_best_discriminator_leads_to_the_expert():
+    """Its policy gradient is that of 2 KL((pi + pi_E) / 2 || pi_E), for D held fixed."""
+    expert, policy = three_actions()
+    logits = policy.log().requires_grad_()
+    probabilities = torch.softmax(logits, -1)
+    reward = step_reward(expert.log() - policy.log())
+    [ours] = torch.autograd.grad(-(probabilities * reward).sum(), logits, retain_graph=True)
+    middle = (expert + probabilities) / 2
+    [wanted] = torch.autograd.grad(2 * divergence(middle, expert), logits)
+    assert torch.allclose(ours, wanted, atol=1e-12) and wanted.abs().max() > 0.01
+
+
 def test_discriminator_gradient_has_the_right_sign():
     expert = torch.zeros(2, requires_grad=True)
     agent = torch.zeros(4, requires_grad=True)
@@ -263,9 +320,12 @@ def test_whiten_by_hand():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1.3, 0.7, -5.0])
 @pytest.mark.parametrize("count", [1, 3, 7, 1000])
-def test_whiten_of_constants_is_zero(value, count):
-    """Rounding of the mean must not be blown up to 1."""
-    assert whiten(torch.full((count,), value)).abs().max() < 1e-3
+@pytest.mark.parametrize("rounding", [0.0, 1e-5])
+def test_whiten_of_constants_is_zero(value, count, rounding):
+    """Rounding, of the mean or of the values, must not be blown up to 1."""
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    assert not whiten(value + rounding * noise).any()
+    assert whiten(value + 0.01 * noise).any() or count == 1
 
 
 # --------------------------------------------------------------------------------------------- PPO

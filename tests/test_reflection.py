@@ -275,6 +275,13 @@ def test_a_single_action_is_compared_with_those_of_all_states():
     assert torch.allclose(advantage, torch.tensor([[1.0], [-1.0]]))
 
 
+def test_a_reward_that_rounding_alone_tells_apart_is_none():
+    """phi, still the policy, may have read other trajectories together."""
+    noise = 1e-6 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    [advantage] = step_advantages([ActionValues(torch.zeros(50), math.log(0.5) + noise)])
+    assert not advantage.any()
+
+
 def test_inverse_reflection_prefers_what_the_discriminator_rewards(tmp_path, monkeypatch, model):
     """Reward 0 for the first practice action of every state, -1 for the second."""
 
@@ -349,7 +356,7 @@ def test_the_experts_action_in_the_group_by_hand():
 
 def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, start_from):
     """Clipped PPO over the tokens of expert and practice, by naive passes."""
-    words = [*INVERSE, "--lr", "0", "--entropy", "0", "--expert-in-group", "true"]
+    words = [*INVERSE, "--lr", "0", "--entropy", "0.3", "--kl", "0.7", "--expert-in-group", "true"]
     out = run(tmp_path / "x", *ONE, *start_from, *words)
     agent = reopened(out)
     nudge(agent.policy)
@@ -369,7 +376,7 @@ def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, st
     monkeypatch.setattr(stepagent, "train", record)
     stepagent.reflect_inverse(agent, 1, batch, log_d)
     policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
-    objective = 0.0
+    objective = kl = entropy = 0.0
     for one, advantages in zip(batch[:2], step_advantages(log_d, with_expert=True)):
         expert = naive.expert_pairs([one.encoded])
         of_expert = [end - start for start, end in one.encoded.spans]
@@ -382,8 +389,18 @@ def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, st
             ratio = (naive.token_logps(policy, *pair) - old).exp()
             clipped = ratio.clamp(0.8, 1.2)
             objective += torch.min(ratio * advantage, clipped * advantage).sum().item()
-    count = sum(len(one.ref_tokens) + one.encoded.action_tokens for one in batch)
-    assert given[0][0].item() == pytest.approx(-objective / count, rel=1e-3)
+        # The policy has sampled practice alone.
+        for pair, old in zip(leaves, olds):
+            ratio = (naive.token_logps(policy, *pair) - old).exp()
+            kl += (1 / ratio - 1 + ratio.log()).sum().item()
+            entropy += naive.entropies(policy, *pair).sum().item()
+    written = sum(len(one.ref_tokens) for one in batch)
+    kl, entropy = kl / written, entropy / written
+    objective /= written + sum(one.encoded.action_tokens for one in batch)
+    [(loss, info)] = given
+    assert info["kl"].item() == pytest.approx(kl, rel=1e-3) and kl > 1e-3
+    assert info["entropy"].item() == pytest.approx(entropy, rel=1e-3)
+    assert loss.item() == pytest.approx(0.7 * kl - 0.3 * entropy - objective, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["stepagent-implicit", "stepagent-inverse"])
@@ -494,6 +511,9 @@ def test_phi_begins_as_the_policy_in_every_iteration(tmp_path, monkeypatch, star
     assert of_first["name"] == "discriminator" and len(of_first["batches"]) > 9
     tasks = [one.task_id for batch in of_first["batches"] for one in batch]
     assert [len(set(tasks[first : first + 6])) for first in (0, 6, 12)] == [6, 6, 6]
+    for batch in of_first["batches"][:-1]:
+        actions = [one.differs.numel() for one in batch]
+        assert sum(actions) >= 10 > sum(actions[:-1])
     assert of_first["rates"][0] == 2e-3 and of_first["rates"] == sorted(of_first["rates"])[::-1]
     assert of_first["rates"][-1] < 4e-4
 
@@ -511,21 +531,26 @@ def test_an_action_of_the_expert_that_the_agent_does_not_take_is_above_one_half(
     assert row["d_auc_learnt"] > 0.95 and row["d_pairs_learnt"] > 0.95
     assert row["d_auc_held_out"] > 0.9 and row["d_pairs_held_out"] > 0.9 and row["js"] > 0.1
     assert row["log_d_expert"] > row["log_d_agent"] + 1
+    # Held out: practice of the policy, not of phi, which judges it.
+    unseen = stepagent.practise(agent, agent.held_out("dev", [], 100), [1.0, 1.0], "again", 1)
+    phi = LlamaForCausalLM.from_pretrained(
+        out / "iter_1" / "discriminator", attn_implementation="eager"
+    )
+    policy = LlamaForCausalLM.from_pretrained(out / "policy", attn_implementation="eager")
+    expected = naive_discriminator_loss(phi, policy, unseen).item()
+    assert len(unseen) == 3 and row["d_loss_held_out"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_where_the_discriminator_knows_nothing_the_policy_stays(tmp_path, start_from):
-    """log D is the same everywhere, and PPO's advantages are 0."""
+    """log D is the same everywhere but for rounding, and PPO's advantages are 0."""
     words = [*start_from, *INVERSE, "--d-lr", "0", "--lr", "1e-2", "--entropy", "0"]
-    out = run(tmp_path / "x", *ONE, *words)
+    # phi reads other trajectories together than inspection did: it rounds otherwise.
+    out = run(tmp_path / "x", *ONE, *words, "--leaves", "9", "--micro-tokens", "700")
     [row] = metrics(out, "discriminate")
     assert row["log_d_expert"] == pytest.approx(math.log(0.5), abs=1e-5)
     assert row["log_d_agent"] == pytest.approx(math.log(0.5), abs=1e-5)
     assert row["d_loss_held_out"] == pytest.approx(2 * math.log(2), abs=1e-4)
-    agent = reopened(out)
-    log_d = read_log_d(agent, 1, read_practice(agent, 1))
-    for of_one in log_d:
-        of_one.agent[:] = of_one.agent.mean()
-    assert all(not advantage.any() for advantage in step_advantages(log_d))
+    assert same_bits(weights(out / "policy"), weights(Path(start_from[3])))
 
 
 def test_what_the_discriminator_scores(tmp_path, monkeypatch, start_from):
@@ -598,6 +623,41 @@ def test_one_trajectory_has_no_other_half(tmp_path, model):
     words = [*INVERSE, "--practice-experts", "1", "--model", model, "--d-scores", "held-out"]
     with pytest.raises(InputError, match="--d-scores held-out needs at least 2 trajectories"):
         run(tmp_path / "x", *ONE, *words)
+
+
+# ------------------------------------------------------------------------------------- agreement
+
+
+def test_agreement_is_of_the_greedy_and_of_a_sampled_action(tmp_path, monkeypatch, start_from):
+    """Greedy is right but in the first step, sampled in the first step alone."""
+    out = run(tmp_path / "x", *ONE, *start_from)
+    agent, asked = reopened(out), []
+
+    def practice(model, encoded, k, temperatures, *rest):
+        asked.append(temperatures)
+        found = []
+        for item in encoded:
+            pairs = [[expert_ids(item, step), [7, 8]] for step in range(len(item.spans))]
+            found.append([pairs[0][::-1], *pairs[1:]])
+        return found
+
+    monkeypatch.setattr(stepagent, "practice", practice)
+    prompt = [{"role": "user", "content": "Rules."}]
+    figures = stepagent.agreement(agent, "test", "final", prompt)
+    held_out = [one.encoded for one in agent.held_out("test", prompt)]
+    steps = sum(len(one.spans) for one in held_out)
+    assert asked[0] == [0.0, 1.0] and len(held_out) == 3 and figures["expert_states"] == steps
+    assert figures["expert_match"] == pytest.approx(1 - 3 / steps)
+    assert figures["expert_match_sampled"] == pytest.approx(3 / steps)
+    policy = LlamaForCausalLM.from_pretrained(out / "policy", attn_implementation="eager")
+    with torch.no_grad():
+        logps = naive.sums(policy, naive.expert_pairs(held_out))
+    assert figures["expert_nll"] == pytest.approx(-logps.mean().item(), rel=1e-4)
+    lines = (out / "agreement" / "final_test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["task_id"] for row in rows] == [one.task_id for one in held_out]
+    assert sum((row["nll"] for row in rows), []) == pytest.approx((-logps).tolist(), abs=1e-3)
+    assert all(row["match"] == [False] + [True] * (len(row["match"]) - 1) for row in rows)
 
 
 # ------------------------------------------------------------------------------- a planted world

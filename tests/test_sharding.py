@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import (
     QUIET,
     commands,
+    distance,
     finish,
     metrics,
     run,
@@ -24,7 +25,15 @@ from rollout import score
 from stepagent import Config
 from system import sharding
 from system.family import use_tree_attention
-from system.model import add_lora, forget, outline, read_policy, read_tokenizer
+from system.model import (
+    add_lora,
+    forget,
+    outline,
+    read_back,
+    read_policy,
+    read_tokenizer,
+    save_policy,
+)
 from system.ranks import Ranks
 from system.sharding import Placement, fill, gathered, placement, room, shard, training_bytes
 from trajectory import Encoded, InputError, encode
@@ -209,6 +218,55 @@ def test_ranks_that_made_different_numbers_of_passes_learn_together(tmp_path, ga
     expected = first + 1
     norm = float((tmp_path / f"norm_{gathers_whole}").read_text())
     assert norm == pytest.approx(expected.item(), rel=1e-4)
+
+
+def become_phi_and_back(folder: str, out: str) -> None:
+    """A policy is saved, learns as D does, judges, and is read back."""
+    ranks = Ranks()
+    policy, tokenizer = sharded_copy(ranks, Path(folder)), read_tokenizer(folder)
+    state = {"policy": "saved"}
+    run_dir = SimpleNamespace(config=options(model=folder), state=state, path=Path(out).joinpath)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.01)
+    save_policy(run_dir, ranks, policy, tokenizer, run_dir.path("saved"))
+    for gathers_whole in (True, False):
+        policy.gathers_whole = gathers_whole
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+        for _ in range(2):
+            [scores] = score(policy, DATA, LEAVES)
+            (scores.leaves.sum() - scores.trunk.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_policy(run_dir, ranks, policy, tokenizer, run_dir.path(f"phi_{gathers_whole}"))
+        with torch.no_grad(), gathered(ranks, policy):
+            score(policy, DATA, LEAVES)
+        read_back(run_dir, ranks, policy)
+        whole = {name: weight.full_tensor() for name, weight in policy.named_parameters()}
+        with torch.no_grad(), gathered(ranks, policy):
+            [scores] = score(policy, DATA, LEAVES)
+        found = {"weights": whole, "trunk": scores.trunk_tokens, "leaves": scores.leaf_tokens}
+        torch.save(found, run_dir.path(f"back_{gathers_whole}_{ranks.rank}"))
+    ranks.finish()
+
+
+def test_after_phi_the_sharded_policy_is_read_back_to_the_bit(tmp_path, model):
+    """Two ranks: their weights, and what each of them computes with gathered ones."""
+    log = tmp_path / "log"
+    assert finish(start(2, log, become_phi_and_back, model, str(tmp_path)), 120) == [0, 0], (
+        log.read_text()[-2000:]
+    )
+    expected, saved = weights(tmp_path / "saved"), read_policy(tmp_path / "saved")
+    use_tree_attention(saved)
+    [scores] = score(saved, DATA, LEAVES)
+    assert distance(expected, weights(Path(model))) > 0.01
+    for gathers_whole in (True, False):
+        assert distance(expected, weights(tmp_path / f"phi_{gathers_whole}")) > 0.1
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"back_{gathers_whole}_{rank}")
+            assert same_bits(found["weights"], expected)
+            assert torch.equal(found["trunk"], scores.trunk_tokens)
+            assert torch.equal(found["leaves"], scores.leaf_tokens)
 
 
 # ------------------------------------------------------------------------------------- whole runs

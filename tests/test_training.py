@@ -2,8 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 from os.path import commonprefix
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -78,6 +80,52 @@ def test_seeds_follow_from_what_they_are_for(tmp_path):
     agent, other = agent_with(tmp_path / "x"), agent_with(tmp_path / "y", seed=1)
     seeds = [agent.seed("D", 0), agent.seed("D", 1), agent.seed("D"), other.seed("D", 0)]
     assert len(set(seeds)) == 4 and agent.seed("D", 0) == seeds[0]
+
+
+class Shown:
+    """A world whose expert shows every task; a number's last digit is its type."""
+
+    def __init__(self):
+        dev = sorted((f"d{number}" for number in range(400)), key=lambda task: task[-1])
+        self.splits = {"train": [f"t{number}" for number in range(20)], "dev": dev}
+
+    def expert(self, task):
+        return Trajectory(task, [], [Step("o", "Action: a")], 1.0)
+
+    def max_steps(self, task):
+        return 1
+
+
+def watcher(out: Path, context: int = 99, **options) -> Agent:
+    """It has learnt from t0 to t6."""
+    agent = agent_with(out, **options)
+    agent.env, agent.tokenizer = Shown(), tiny.chatml()
+    shape = SimpleNamespace(max_position_embeddings=context)
+    agent.policy = SimpleNamespace(config=shape)
+    return agent
+
+
+def test_nobody_has_learnt_from_tasks_that_are_held_out(tmp_path):
+    """Whatever the split is called; they come from everywhere in it."""
+    agent = watcher(tmp_path)
+    assert names(agent.held_out("train", [])) == [f"t{number}" for number in range(7, 20)]
+    found = names(agent.held_out("dev", [], 100))
+    assert found == envs.some(agent.env.splits["dev"], 100)
+    assert len({task[-1] for task in found}) == 10
+    assert len(agent.held_out("dev", [])) == 300
+    assert len(watcher(tmp_path / "y", eval_tasks=5).held_out("dev", [])) == 5
+    assert agent.held_out("test", []) == []
+    assert watcher(tmp_path / "z", expert="file.jsonl").held_out("dev", []) == []
+
+
+def test_held_out_trajectories_begin_with_the_prompt_and_fit_into_the_context(tmp_path):
+    prompt = [{"role": "user", "content": "Rules."}, {"role": "assistant", "content": "OK"}]
+    agent = watcher(tmp_path, eval_tasks=3)
+    bare, prompted = agent.held_out("dev", [])[0], agent.held_out("dev", prompt)[0]
+    assert prompted.encoded == encode(replace(bare.trajectory, prompt=prompt), agent.tokenizer)
+    assert prompted.encoded.tokens > bare.encoded.tokens
+    agent.policy.config.max_position_embeddings = bare.encoded.tokens
+    assert len(agent.held_out("dev", [])) == 3 and agent.held_out("dev", prompt) == []
 
 
 def test_every_task_has_a_place_in_a_fixed_random_order(tmp_path):
