@@ -77,8 +77,9 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
 
 def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
     """The environment's own expert on tasks of a split, as far as it solves them in time."""
-    path = run.path(f"experts_{split}.jsonl")
+    path = run.path(f"agreement/experts_{split}.jsonl")
     if run.ranks.rank == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_trajectories(str(path), show_tasks(run, env, tasks))
     run.ranks.barrier()
     return load_trajectories(str(path)) if path.stat().st_size else []

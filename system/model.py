@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from system.family import use_tree_attention
-from system.files import move_into_place, read_text, write_text
+from system.files import move_into_place, read_tensors, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import fill, placement, shard
@@ -103,7 +103,7 @@ def read_back(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
 def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | str) -> None:
     """The policy's weights become those that save_policy left in a folder."""
     if run.config.lora_rank:
-        policy.load_state_dict(load_file(folder / "lora.safetensors"), strict=False)
+        policy.load_state_dict(read_tensors(folder / "lora.safetensors"), strict=False)
     elif isinstance(policy, FSDPModule):
         fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
     else:
