@@ -156,7 +156,8 @@ def prompt_ids(tokenizer, prompt: list[dict], observation: str) -> list[int]:
     return rendered(tokenizer, [*prompt, {"role": "user", "content": observation}], True)
 
 
-@lru_cache(maxsize=100_000)
+# Observations may be pages: 4,096 of 1,500 tokens take a quarter of a GB.
+@lru_cache(maxsize=4096)
 def action_ids(tokenizer, action: str) -> list[int]:
     """An action as the agent would write it, stop token included."""
     state = rendered(tokenizer, USER_TURN, True)
@@ -166,7 +167,7 @@ def action_ids(tokenizer, action: str) -> list[int]:
     return turn[: stop_index(tokenizer, turn) + 1]
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=4096)
 def state_ids(tokenizer, observation: str) -> list[int]:
     """What stands between an action's stop token and the next action: the next observation."""
     state = rendered(tokenizer, USER_TURN, True)
