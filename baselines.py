@@ -27,7 +27,6 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import losses
@@ -42,7 +41,7 @@ from discriminator import (
     split_by_part,
 )
 from rollout import score
-from system.files import read_text, write_tensors
+from system.files import read_tensors, read_text, write_tensors
 from system.model import forget, read_back, read_weights
 from training import (
     Agent,
@@ -244,7 +243,8 @@ def score_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
 
 
 def read_reference(agent: Agent, i: int, pairs: list[Pair]) -> list[Pair]:
-    reference = load_file(agent.run.path(f"iter_{i}/pairs.safetensors"))["reference"].tolist()
+    saved = read_tensors(agent.run.path(f"iter_{i}/pairs.safetensors"))
+    reference = saved["reference"].tolist()
     return [replace(pair, ref_chosen=a, ref_rejected=b) for pair, (a, b) in zip(pairs, reference)]
 
 
@@ -291,12 +291,6 @@ def retrain_on_marked(agent: Agent, i: int) -> None:
         return encode(replace(trajectory, prompt=prompt), agent.tokenizer)
 
     experts = [encode_marked(one.trajectory, True) for one in agent.experts]
-    for item in experts:
-        if not fits(agent, item):
-            raise InputError(
-                f"trajectory {item.task_id} and NAT's mark are longer than the model's context; "
-                "remove it from the expert data"
-            )
     own = []
     for episode in new_episodes(agent, read_episodes(agent, i)):
         own.append((episode, encode_marked(episode, episode.reward >= agent.config.success)))
@@ -545,7 +539,7 @@ def episode_advantages(agent: Agent, played: list[Played], rewards, values) -> T
 def read_advantages(agent: Agent, i: int) -> list[Played]:
     """The episodes with what judge said of them."""
     played = read_played(agent, i)
-    saved = load_file(agent.run.path(f"iter_{i}/advantages.safetensors"))
+    saved = read_tensors(agent.run.path(f"iter_{i}/advantages.safetensors"))
     advantages = saved["advantages"].split([len(one.encoded.spans) for one in played])
     old_tokens = saved["old_tokens"].split([one.encoded.action_tokens for one in played])
     for one, advantage, old in zip(played, advantages, old_tokens):

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import losses
 from rollout import Scores
-from system.files import write_tensors
+from system.files import read_tensors, write_tensors
 from training import Agent, Practised
 from trajectory import InputError
 
@@ -91,7 +90,7 @@ def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[ActionV
     log_d = {}
     for part in parts_of(agent.config):
         _, scored = split_by_part(agent, practised, part)
-        saved = load_file(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"))
+        saved = read_tensors(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"))
         steps = [len(one.ref_expert) for one in scored]
         expert = losses.step_reward(saved["expert"]).split(steps)
         actions = losses.step_reward(saved["agent"]).split(steps)
@@ -159,7 +158,7 @@ class Head(nn.Module):
             torch.manual_seed(seed)
             head = cls(features)
         if path.exists():
-            head.load_state_dict(load_file(path))
+            head.load_state_dict(read_tensors(path))
         return head
 
 

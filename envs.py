@@ -11,7 +11,8 @@ An environment is a class with these attributes and methods, without a base clas
     env.expert(id)        -> Trajectory with an empty prompt, or None where nobody shows the task
     episode.step(text)    -> (observation, reward, done, info). text is the agent's whole turn,
                           reward the benchmark's score so far in [0, 1]; info holds "valid" (the
-                          world understood the action) and the benchmark's secondary metrics.
+                          world understood the action) and the benchmark's secondary metrics, as
+                          numbers. All answers are checked in their turn.
 and, where they make sense:
     env.slow              True if a step takes about as long as the model's: worker processes play
                           it, while the model goes on
@@ -49,6 +50,7 @@ from benchmarks.files import (
     objects_of,
     read_contents,
     reward_of,
+    sound_text,
     text_of,
 )
 from benchmarks.workers import Workers, load_class
@@ -137,6 +139,8 @@ def make_env(name: str, workers: int | None = None, lenient: int = 0, **options)
         world = env.env if workers else env
         missing = [part for part in PROTOCOL if not hasattr(world, part)]
         need(not missing, where, f"lacks {', '.join(missing)}; see the top of envs.py")
+        for part in ("instruction", "example"):
+            sound_text(getattr(world, part), where, part)
     return Lenient(env) if lenient else env
 
 
@@ -368,20 +372,23 @@ def read_saved(row: dict, where: str) -> Trajectory:
     prompt, steps = [], []
     for message, at in objects_of(row, "prompt", where):
         prompt.append({key: text_of(message, key, at) for key in ("role", "content")})
-    roles = [message["role"] for message in prompt]
-    if roles[:1] == ["system"]:
-        del roles[0]
-    need(
-        roles == ["user", "assistant"] * (len(roles) // 2),
-        where,
-        "'prompt' must be an optional system message, then user and assistant by turns, "
-        "ending with assistant",
-    )
+    check_roles(prompt, f"{where}: 'prompt'")
     for step, at in objects_of(row, "steps", where):
         steps.append(Step(text_of(step, "observation", at), text_of(step, "action", at)))
     need(isinstance(row["truncated"], bool), where, "'truncated' must be true or false")
     task_id, reward = text_of(row, "task_id", where), reward_of(row, where)
     return Trajectory(task_id, prompt, steps, reward, row["truncated"])
+
+
+def check_roles(messages: list[dict], where: str) -> None:
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["system"]:
+        del roles[0]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise InputError(
+            f"{where} must be an optional system message, then user and assistant by turns, "
+            "ending with assistant"
+        )
 
 
 def save_trajectories(path: str, trajectories: list[Trajectory]) -> None:

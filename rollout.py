@@ -496,9 +496,8 @@ def episode_figures(episodes: list[Trajectory], env) -> dict:
     """
     played = [episode for episode in episodes if not episode.info.get("unplayable")]
     if not played:
-        raise InputError(
-            f"the world failed in all of {len(episodes)} episodes; see the messages above"
-        )
+        failed = f"the world failed in all of {len(episodes)}; see the messages above"
+        raise InputError(f"no episode to evaluate: {failed if episodes else 'there is no task'}")
     success = [float(episode.reward >= 1) for episode in played]
     reward = [episode.reward for episode in played]
     by_type = defaultdict(list)

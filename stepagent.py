@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import baselines
 import losses
@@ -54,13 +54,14 @@ from discriminator import (
 from envs import env_options, make_env, some
 from rollout import Scores, episode_figures, grouped, pass_tokens, practice, score
 from system.experts import give_prompt, load_experts, product_files, read_prompt
-from system.files import read_text, write_text
+from system.files import read_json, read_object, write_text
 from system.model import load_policy, read_back, read_tokenizer, save_policy
-from system.options import default
+from system.options import check_ranges, default
 from system.options import parse as parse_options
 from system.program import program
 from system.ranks import Ranks
 from system.run_dir import RunDir
+from system.worlds import try_out
 from training import (
     Agent,
     Demonstration,
@@ -83,7 +84,7 @@ from training import (
     write_episodes,
     write_practice,
 )
-from trajectory import Encoded, InputError, encode, parse_action, stop_ids
+from trajectory import Encoded, InputError, Trajectory, encode, parse_action, stop_ids
 
 # ===================================================================================== Algorithm 1
 
@@ -190,7 +191,7 @@ METHODS = {
 
 @dataclass
 class Config:
-    """Every option and its default. The comment above a field is its help text."""
+    """Every option, its default and its range. The comment above a field is its help text."""
 
     # ---- what to run
     # environment: household, scienceworld, alfworld, webshop, mind2web, hotpotqa, 2wikimultihopqa,
@@ -219,11 +220,11 @@ class Config:
     # environment's own expert
     expert: str = ""
     # expert trajectories to use, 0 = all of the train split
-    experts: int = default(0, tiny=1300)
+    experts: int = default(0, tiny=1300, least=0)
     # of these, at most how many SFT learns from (the first ones), 0 = all
-    sft_experts: int = default(0, tiny=700)
+    sft_experts: int = default(0, tiny=700, least=0)
     # of these, at most how many are practised (the last ones), 0 = all
-    practice_experts: int = default(0, tiny=600)
+    practice_experts: int = default(0, tiny=600, least=0)
     # full: instruction and one-shot example; none: a model made from scratch needs neither. The
     # prompt of an expert file gets the example (full), or stands (none)
     prompt: Literal["full", "none"] = default("full", tiny="none")
@@ -234,92 +235,92 @@ class Config:
 
     # ---- imitation, eq. 2-3
     # SFT learning rate (paper)
-    sft_lr: float = default(1e-5, tiny=2e-3)
+    sft_lr: float = default(1e-5, tiny=2e-3, least=0)
     # trajectories per SFT update (paper)
-    sft_batch: int = default(64, tiny=8)
+    sft_batch: int = default(64, tiny=8, least=1)
     # passes over the expert data (paper)
-    sft_epochs: int = default(4, tiny=8)
+    sft_epochs: int = default(4, tiny=8, least=1)
     # share of SFT updates with rising rate (paper); then cosine
-    warmup: float = 0.03
+    warmup: float = default(0.03, least=0, most=1)
 
     # ---- inspection, eq. 4-5
     # iterations of Algorithm 1; -1 = the method's own (paper's peak: 3 implicit, 7 inverse)
-    iterations: int = default(-1, tiny=2)
+    iterations: int = default(-1, tiny=2, least=-1)
     # K, practice actions per expert step (paper's peak)
-    practice: int = 3
+    practice: int = default(3, least=1)
     # of practice, and of the episodes that ppo, dpo and spin learn from; 0 = greedy
-    temperature: float = 1.0
+    temperature: float = default(1.0, least=0)
 
     # ---- reflection, eq. 6, 8-11
     # learning rate of reflection (paper), and of SFT+
-    lr: float = default(5e-7, tiny=5e-5)
+    lr: float = default(5e-7, tiny=5e-5, least=0)
     # step pairs per update (paper); for ppo actions, for dpo, spin and eto trajectory pairs
-    batch: int = default(16, tiny=64)
+    batch: int = default(16, tiny=64, least=1)
     # passes over the iteration's pairs (paper)
-    epochs: int = 1
+    epochs: int = default(1, least=1)
     # DPO temperature beta, eq. 6
-    beta: float = default(0.1, tiny=1.0)
+    beta: float = default(0.1, tiny=1.0, above=0)
     # weight of the NLL of all expert actions in the batch, added to eq. 6 (paper: 0)
-    dpo_nll: float = 0.0
+    dpo_nll: float = default(0.0, least=0)
     # Table 3: step = log D of practice actions; final = the environment's, of whole episodes; both
     reward: Literal["step", "final", "both"] = "step"
     # learning rate of the discriminator, a copy of the policy
-    d_lr: float = default(2.5e-6, tiny=5e-4)
+    d_lr: float = default(2.5e-6, tiny=5e-4, least=0)
     # its passes over the iteration's actions
-    d_epochs: int = 2
+    d_epochs: int = default(2, least=1)
     # practice actions per update of the discriminator
-    d_batch: int = 64
+    d_batch: int = default(64, least=1)
     # the discriminator scores what it learnt from (Algorithm 1), or the other half of the tasks
     d_scores: Literal["learnt", "held-out"] = "learnt"
     # the expert's action learns from its own log D, too, beside the state's practice (not in the
     # paper)
     expert_in_group: bool = False
     # PPO clip range
-    clip: float = 0.2
+    clip: float = default(0.2, above=0)
     # PPO passes over the iteration's practice actions
-    ppo_passes: int = default(2, tiny=1)
+    ppo_passes: int = default(2, tiny=1, least=1)
     # lambda of eq. 8, weight of the entropy bonus
-    entropy: float = 0.01
+    entropy: float = default(0.01, least=0)
     # weight of KL(policy || reference) in PPO, k3 estimate
-    kl: float = 0.0
+    kl: float = default(0.0, least=0)
     # take each update's trajectories from this run's updates: then the two differ in loss and --lr
     match: str = ""
 
     # ---- whole episodes (baselines, Table 3)
     # of the episodes that eto, rft and nat learn from (ETO)
-    explore_temperature: float = 0.7
+    explore_temperature: float = default(0.7, least=0)
     # episodes played per train task; 0 = the method's own: 4 for rft and nat, 1 otherwise
-    samples: int = 0
+    samples: int = default(0, least=0)
     # reward from which an episode counts as a success
-    success: float = 1.0
+    success: float = default(1.0, above=0, most=1)
     # discount
-    gamma: float = 1.0
+    gamma: float = default(1.0, least=0, most=1)
     # GAE's lambda
-    gae_lambda: float = 0.95
+    gae_lambda: float = default(0.95, least=0, most=1)
     # learning rate of the value head
-    value_lr: float = default(1e-4, tiny=1e-3)
+    value_lr: float = default(1e-4, tiny=1e-3, least=0)
 
     # ---- optimisation and memory
     # gradient norm is clipped to this
-    grad_norm: float = 1.0
+    grad_norm: float = default(1.0, above=0)
     # longest action, in tokens
-    max_new_tokens: int = default(512, tiny=48)
+    max_new_tokens: int = default(512, tiny=48, least=1)
     # compute type; master weights are always float32
     dtype: Literal["float32", "bfloat16"] = default("bfloat16", tiny="float32")
     # tokens per forward pass in training, scoring and practice prefill
-    micro_tokens: int = 8192
+    micro_tokens: int = default(8192, least=1)
     # practice actions decoded together at most; fewer where keys and values would take about a
     # quarter of the memory
-    leaves: int = default(256, tiny=1024)
+    leaves: int = default(256, tiny=1024, least=1)
     # episodes played together
-    episodes: int = default(32, tiny=300)
+    episodes: int = default(32, tiny=300, least=1)
     # FSDP: weights, gradients and moments in pieces on the ranks; auto = where one device cannot
     # hold them
     shard: Literal["auto", "true", "false"] = "auto"
     # learn adapters of this rank on frozen weights, for one small GPU; 0 = all weights
-    lora_rank: int = 0
+    lora_rank: int = default(0, least=0)
     # minutes between checkpoints inside a phase that learns
-    save_minutes: float = 15.0
+    save_minutes: float = default(15.0, least=0)
     # recompute activations in the backward pass, to save memory
     checkpointing: bool = default(True, tiny=False)
 
@@ -329,7 +330,10 @@ class Config:
     # splits evaluated after SFT and after every iteration; empty = none
     eval_each: str = "dev"
     # tasks per evaluated split, 0 = all
-    eval_tasks: int = 0
+    eval_tasks: int = default(0, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 # ============================================================================ inspection, eq. 4-5
@@ -501,10 +505,7 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     """
     config, run, ranks = agent.config, agent.run, agent.ranks
     started = time.time()
-    learnt, scored = split_by_part(agent, practised, part)
-    if not learnt or not scored:
-        raise InputError("--d-scores held-out needs at least 2 trajectories; leave it out")
-    unseen = scored
+    learnt, unseen = split_by_part(agent, practised, part)
     if part is None:
         temperatures = [config.temperature] * config.practice
         label = f"iteration {i}: practice for D's test"
@@ -633,8 +634,7 @@ def imitate_more(agent: Agent, i: int) -> None:
     config = agent.config
     by_task = {one.task_id: one.encoded for one in agent.practice_set}
     if config.match:
-        tasks = json.loads(read_text(Path(config.match, f"iter_{i}/batches.json")))
-        shuffled = [[by_task[task] for task in batch] for batch in tasks]
+        shuffled = [[by_task[task] for task in batch] for batch in read_updates(config, i)]
     else:
         pool = list(by_task.values())
         seeds = [agent.seed("sft+", i, epoch) for epoch in range(config.epochs)]
@@ -723,31 +723,43 @@ def prepare(config: Config, method: Method) -> Agent:
         read_tokenizer(model)
     if config.prompt_file:
         read_prompt(config.prompt_file)
-    for split in split_names(f"{config.eval_splits},{config.eval_each}"):
-        if split not in env.splits:
-            raise InputError(f"{config.env} has no split {split!r}; use {', '.join(env.splits)}")
-    experts = load_experts(run, env, method.plays or config.reward != "step")
+    splits = split_names(f"{config.eval_splits},{config.eval_each}")
+    for split in splits:
+        if not env.splits.get(split):
+            used = ", ".join(name for name, tasks in env.splits.items() if tasks)
+            problem = "has no task in" if split in env.splits else "has no"
+            raise InputError(f"{config.env} {problem} split {split!r}; use {used}")
+    plays = method.plays or config.reward != "step"
+    experts = load_experts(run, env, plays)
     prompt = give_prompt(config, env, experts)
     policy, tokenizer = load_policy(run, ranks, experts, method.starts_again)
     demonstrations = encode_experts(run, experts, policy, tokenizer)
+    if method.prompt:
+        for expert in experts:
+            marked = replace(expert, prompt=method.prompt(prompt))
+            check_length(policy, encode(marked, tokenizer))
     agent = Agent(
         config, ranks, run, env, prompt, policy, tokenizer, demonstrations, rounds(config, method)
     )
-    for split in split_names(f"{config.eval_splits},{config.eval_each}"):
+    check_data(agent)
+    if ranks.rank == 0 and not run.state["done"]:
+        played = [some(env.splits[split], config.eval_tasks) for split in splits]
+        played += [[one.task_id for one in agent.practice_set]] if plays else []
+        for tasks in played:
+            try_out(env, tasks, experts[0].steps[0].action)
+    for split in splits:
         agent.held_out(split, prompt)
     return agent
 
 
-def encode_experts(run: RunDir, experts: list, policy, tokenizer) -> list[Demonstration]:
+def encode_experts(
+    run: RunDir, experts: list[Trajectory], policy: nn.Module, tokenizer
+) -> list[Demonstration]:
+    """Says how many actions are longer than the agent may write. InputError beyond the context."""
     demonstrations, lengths = [], []
     for expert in run.bar(experts, "encode"):
         encoded = encode(expert, tokenizer)
-        limit = policy.config.max_position_embeddings
-        if encoded.tokens > limit:
-            raise InputError(
-                f"trajectory {expert.task_id} has {encoded.tokens} tokens, the model's context is "
-                f"{limit}; remove it from the expert data or take a model with a longer context"
-            )
+        check_length(policy, encoded)
         demonstrations.append(Demonstration(expert, encoded))
         lengths += [end - start for start, end in encoded.spans]
     most = run.config.max_new_tokens
@@ -766,20 +778,63 @@ def check(config: Config, method: Method) -> None:
             f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; "
             "leave it out"
         )
+    if config.init and method.imitates and not method.iteration:
+        raise InputError(
+            f"--init: {config.method} would not learn from it; give the policy as --model to learn "
+            "on, or take --method base to evaluate it"
+        )
     if config.lora_rank and config.init and method.starts_again:
         raise InputError(
             f"--lora-rank with --init: {config.method} starts again from --model, which adapters "
             "of --init cannot; leave out one"
         )
     if config.match:
-        other = json.loads(read_text(Path(config.match, "config.json")))["config"]
+        remedy = "give as --match the --out of a run"
+        other = read_object(Path(config.match, "config.json"), remedy, config=dict)["config"]
         same = "env env_options expert experts practice_experts iterations"
         for name in same.split():
-            if other[name] != getattr(config, name):
+            if other.get(name) != getattr(config, name):
                 raise InputError(
-                    f"--match {config.match}: its --{name.replace('_', '-')} is {other[name]!r}, "
-                    f"not {getattr(config, name)!r}; give this run the same"
+                    f"--match {config.match}: its --{name.replace('_', '-')} is "
+                    f"{other.get(name)!r}, not {getattr(config, name)!r}; give this run the same"
                 )
+
+
+def check_data(agent: Agent) -> None:
+    """InputError if a later phase would find its data too few or missing."""
+    config = agent.config
+    tasks = {one.task_id for one in agent.practice_set}
+    fewest = 2 if config.d_scores == "held-out" else 1
+    if config.method == "ppo" or config.reward != "step":
+        # Two folds of two tasks, for the value heads.
+        fewest = 4
+    if len(tasks) < fewest:
+        raise InputError(
+            f"{len(tasks)} expert trajectories to practise are too few: {config.method} needs "
+            f"{fewest} with these options; give more (--experts, --practice-experts)"
+        )
+    if config.match:
+        for i in range(1, agent.iterations + 1):
+            strange = set().union(*read_updates(config, i)) - tasks
+            if strange:
+                raise InputError(
+                    f"--match {config.match}: {min(strange)!r} is none of this run's "
+                    "trajectories; give this run the same expert data"
+                )
+
+
+def check_length(policy: nn.Module, encoded: Encoded) -> None:
+    limit = policy.config.max_position_embeddings
+    if encoded.tokens > limit:
+        raise InputError(
+            f"trajectory {encoded.task_id} has {encoded.tokens} tokens, the model's context is "
+            f"{limit}; remove it from the expert data or take a model with a longer context"
+        )
+
+
+def read_updates(config: Config, i: int) -> list[list[str]]:
+    """The tasks of each update of the run that --match names."""
+    return read_json(Path(config.match, f"iter_{i}/batches.json"), "give as --match a finished run")
 
 
 def rounds(config: Config, method: Method) -> int:

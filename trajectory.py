@@ -192,7 +192,8 @@ def prompt_ids(tokenizer, prompt: list[dict], observation: str) -> list[int]:
     return rendered(tokenizer, [*prompt, {"role": "user", "content": observation}], True)
 
 
-@lru_cache(maxsize=10_000)
+# Observations may be pages: 4,096 of 1,500 tokens take a quarter of a GB.
+@lru_cache(maxsize=4096)
 def action_ids(tokenizer, action: str) -> list[int]:
     """An action as the agent would write it, stop token included."""
     turns = [*USER_TURN, {"role": "assistant", "content": action}]
@@ -209,7 +210,7 @@ def action_ids(tokenizer, action: str) -> list[int]:
     raise broken_template(tokenizer, "does not end every assistant turn with its stop token")
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=4096)
 def state_ids(tokenizer, observation: str) -> list[int]:
     """What stands between an action's stop token and the next action: the next observation."""
     action = action_ids(tokenizer, "x")

@@ -136,10 +136,7 @@ def stream_json(path: str, chunk: int = 1 << 24) -> Iterator[tuple[dict, int, in
 
 def text_of(row: dict, key: str, where: str) -> str:
     need(key in row, where, f"{key!r} is missing; it must be text")
-    need(isinstance(row[key], str), where, f"{key!r} is not text but {type(row[key]).__name__}")
-    problem = f"{key!r} holds half of a surrogate pair; re-encode it as UTF-8"
-    need(not re.search("[\ud800-\udfff]", row[key]), where, problem)
-    return row[key]
+    return sound_text(row[key], where, repr(key))
 
 
 def objects_of(row: dict, key: str, where: str) -> list[tuple[dict, str]]:
@@ -154,9 +151,49 @@ def objects_of(row: dict, key: str, where: str) -> list[tuple[dict, str]]:
 
 
 def reward_of(row: dict, where: str) -> float:
-    reward = row["reward"]
-    is_number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
-    # NaN compares false.
-    problem = "'reward' is not a finite number; give the final score between 0 and 1"
-    need(is_number and abs(reward) < 1e9, where, problem)
-    return float(reward)
+    return sound_reward(row["reward"], where, "'reward'")
+
+
+# ---------------------------------------------------------------------------- what others answer
+
+# The other names in an episode's file, and in the figures of an evaluation.
+TAKEN = ("task_id", "task_type", "reward", "truncated", "steps", "last", "invalid", "outgrown")
+
+
+def sound_text(text: Any, where: str, what: str) -> str:
+    need(isinstance(text, str), where, f"{what} is not text but {type(text).__name__}")
+    problem = f"{what} holds half of a surrogate pair; re-encode it as UTF-8"
+    need(not re.search("[\ud800-\udfff]", text), where, problem)
+    return str(text)
+
+
+def sound_number(value: Any, where: str, what: str, least: float = -1e9, most: float = 1e9):
+    """The number as Python's own: NumPy and torch have theirs."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    bounds = f" from {least:g} to {most:g}" if most < 1e9 else ""
+    problem = f"{what} is {value!r:.60}; it must be a number{bounds}"
+    # nan compares false.
+    need(isinstance(value, (int, float)) and least <= value <= most, where, problem)
+    return value
+
+
+def sound_reward(value: Any, where: str, what: str = "the reward") -> float:
+    return float(sound_number(value, where, what, 0, 1))
+
+
+def sound_step(answer: Any, where: str) -> tuple[str, float, bool, dict]:
+    """What episode.step answered, as the top of envs.py promises it."""
+    problem = f"the answer is {answer!r:.60}; it must be (observation, reward, done, info)"
+    need(isinstance(answer, tuple) and len(answer) == 4, where, problem)
+    observation, reward, done, info = answer
+    need(isinstance(info, dict) and "valid" in info, where, 'info is no dict with "valid"')
+    figures = {}
+    for name, figure in info.items():
+        problem = f"info[{name!r}] has the name of another figure; call it otherwise"
+        need(name not in TAKEN, where, problem)
+        figures[name] = sound_number(figure, where, f"info[{name!r}]")
+    figures["valid"] = bool(sound_number(figures["valid"], where, 'info["valid"]', 0, 1))
+    observation = sound_text(observation, where, "the observation")
+    done = bool(sound_number(done, where, '"done"', 0, 1))
+    return observation, sound_reward(reward, where), done, figures

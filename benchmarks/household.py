@@ -385,11 +385,13 @@ class Household:
         for option, value, low, high in [
             ("receptacles", receptacles, 5, sum(limit for limit, _ in RECEPTACLES.values())),
             ("distractors", distractors, 0, 1000),
-            ("likely", likely, 0, 1),
+            ("likely", likely, 0.0, 1.0),
             ("max_steps", max_steps, 1, 1000),
         ]:
-            problem = f"{option} must be a number between {low} and {high}, not {value!r}"
-            need(isinstance(value, (int, float)) and low <= value <= high, "household", problem)
+            sort = "number" if isinstance(low, float) else "whole number"
+            problem = f"{option} must be a {sort} between {low} and {high}, not {value!r}"
+            is_sort = isinstance(value, (int, type(low)))
+            need(is_sort and low <= value <= high, "household", problem)
         self.receptacles = receptacles
         self.distractors = distractors
         self.likely = likely

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import need
+from benchmarks.files import need, sound_step, sound_text
 from trajectory import InputError, Trajectory
 
 # After this many failures a task is not playable.
@@ -79,14 +79,18 @@ def serve(pipe_number: int) -> None:
             pipe.send((False, str(error)))
 
 
-def is_sound(call: str, answer: Any) -> bool:
-    """Is the answer of the kind that the protocol promises?"""
-    match call, answer:
-        case ("start", str()) | ("expert", Trajectory() | None):
-            return True
-        case "step", (str(), int() | float() as reward, bool(), {"valid": bool()}):
-            return 0 <= reward <= 1
-    return False
+def sound(call: str, answer: Any) -> Any:
+    """The answer as the protocol promises it, or WorkerFailure."""
+    where = f"the answer to {call!r}"
+    try:
+        if call == "step":
+            return sound_step(answer, where)
+        if call == "start":
+            return sound_text(answer, where, "the first observation")
+        need(isinstance(answer, Trajectory | None), where, f"{answer!r:.60} is no Trajectory")
+        return answer
+    except InputError as error:
+        raise WorkerFailure(str(error)) from None
 
 
 class Worker:
@@ -116,8 +120,8 @@ class Worker:
             if not self.pipe.poll(self.timeout):
                 raise WorkerFailure(f"no answer within {self.timeout:g} s")
             understood, answer = self.pipe.recv()
-            if understood and not is_sound(call, answer):
-                raise WorkerFailure(f"the answer to {call!r} was {answer!r:.200}")
+            if understood:
+                answer = sound(call, answer)
         except BaseException as error:
             # Also after Ctrl-C: the late answer would be taken for the next request's.
             self.end()

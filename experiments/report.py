@@ -164,7 +164,9 @@ def collect(run: Path) -> dict:
     refusals = REFUSALS.get(about["config"]["env"], ())
 
     practice, files = [], []
-    for folder in sorted(run.glob("iter_*"), key=lambda path: int(path.name[5:])):
+    for folder in sorted(run.glob("iter_*"), key=in_order):
+        if not re.fullmatch("iter_[0-9]+", folder.name):
+            continue
         iteration = int(folder.name[5:])
         path = folder / "practice.jsonl"
         if path.exists():
@@ -190,8 +192,8 @@ def collect(run: Path) -> dict:
 
 def in_order(path: Path) -> list:
     """Sorts eval_10 after eval_9."""
-    parts = re.split(r"(\d+)", path.stem)
-    return [int(part) if part.isdigit() else part for part in parts]
+    parts = re.split(r"([0-9]+)", path.stem)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 def metrics_row(row: dict) -> dict:

@@ -169,13 +169,14 @@ class Runs:
             options |= only_read(options["method"], QUICK)
         command = [sys.executable, "stepagent.py", *words_of(options)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        out.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         print(" ".join(command), flush=True)
-        # A run that is finished ends at once.
-        with open(out / "log.txt", "a", encoding="utf-8") as log:
+        # Beside the run directory, which begins empty. A run that is finished ends at once.
+        said = out.with_name(f"{out.name}.log")
+        with open(said, "a", encoding="utf-8") as log:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
         if done.returncode:
-            raise SystemExit(f"error: {out} failed; see {out / 'log.txt'}")
+            raise SystemExit(f"error: {out} failed; see {said}")
         keep(str(out), kept)
 
     def wait(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from system.files import write_text
+from system.files import named, remove, write_text
 from system.program import PostponedSignal, Stopped
 from system.ranks import Ranks
-from system.run_dir import RunDir
+from system.run_dir import CHECKPOINT, RunDir
 
 
 def updates(
@@ -55,7 +54,7 @@ def save(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, done: int) -> 
     target = run.path(f"checkpoints/{done:08d}")
     beside = target.with_suffix(".tmp")
     if ranks.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove(beside)
         beside.mkdir(parents=True)
     ranks.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
@@ -69,10 +68,10 @@ def save(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, done: int) -> 
         about = {"phase": run.current, "step": done, "files": sums, "log": run.phase_log()}
         manifest = json.dumps(about)
         write_text(beside / "manifest.json", f"{sha256(manifest)}\n{manifest}")
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         os.replace(beside, target)
-        for old in sorted(target.parent.glob("????????"))[:-2]:
-            shutil.rmtree(old)
+        for old in named(target.parent, CHECKPOINT)[:-2]:
+            remove(old)
     ranks.barrier()
 
 
@@ -84,11 +83,12 @@ def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -
     """
     folder = run.path("checkpoints")
     if ranks.rank == 0:
-        for cut_off in folder.glob("*.tmp"):
-            shutil.rmtree(cut_off)
-    names = [path.name for path in folder.glob("????????")]
-    for name in sorted(ranks.gather({"names": names})[0]["names"], reverse=True):
-        folder = run.path(f"checkpoints/{name}")
+        for cut_off in named(folder, rf"{CHECKPOINT}\.tmp"):
+            remove(cut_off)
+    names = [path.name for path in named(folder, CHECKPOINT)]
+    names = ranks.gather({"names": names})[0]["names"]
+    while names:
+        folder = run.path(f"checkpoints/{names.pop()}")
         manifest = ranks.gather({"found": read_manifest(folder)})[0]["found"]
         # An earlier phase's was left by a kill at the end of that phase.
         is_earlier = manifest is not None and manifest["phase"] != run.current
@@ -103,12 +103,10 @@ def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -
             run.say(f"{run.current}: goes on after update {manifest['step']} of {most}")
             return manifest["step"]
         if not is_earlier:
-            run.say(
-                f"warning: checkpoint {folder} is torn or corrupt; "
-                "it is removed, the one before it is used"
-            )
+            instead = "the one before it is used" if names else "the phase begins again"
+            run.say(f"warning: checkpoint {folder} is torn or corrupt; it is removed, {instead}")
         if ranks.rank == 0:
-            shutil.rmtree(folder)
+            remove(folder)
     return 0
 
 

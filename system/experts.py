@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.files import parse_json
+from benchmarks.files import json_entries, need, sound_reward, sound_text, text_of
 from envs import (
+    check_roles,
     load_trajectories,
     prompt_messages,
     save_trajectories,
@@ -72,7 +74,7 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
         raise InputError(
             f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
             "plays the tasks of the expert file; name them as the environment does, such as "
-            f"{env.splits['train'][0]!r}"
+            f"{next(itertools.chain(*env.splits.values()))!r}"
         )
     if strange:
         run.say(
@@ -118,8 +120,9 @@ def check_rewards(run: RunDir, experts: list[Trajectory]) -> None:
 
 def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
     """The environment's own expert on tasks of a split, as far as it solves them in time."""
-    path = run.path(f"experts_{split}.jsonl")
+    path = run.path(f"agreement/experts_{split}.jsonl")
     if run.ranks.rank == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_trajectories(str(path), show_tasks(run, env, tasks))
     run.ranks.barrier()
     return load_trajectories(str(path)) if path.stat().st_size else []
@@ -144,12 +147,23 @@ def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
     with ThreadPoolExecutor(8 if getattr(env, "slow", False) else 1) as pool:
         shown = list(run.bar(pool.map(env.expert, tasks), "expert", len(tasks)))
     experts = []
-    for expert in shown:
-        if expert is None or expert.reward < 1:
+    for task, expert in zip(tasks, shown):
+        if expert is None or check_shown(expert, task).reward < 1:
             continue
         if len(expert.steps) <= env.max_steps(expert.task_id):
             experts.append(expert)
     return experts
+
+
+def check_shown(expert: Trajectory, task: str) -> Trajectory:
+    where = f"the expert of the environment, task {task}"
+    is_of_task = isinstance(expert, Trajectory) and expert.task_id == task
+    need(is_of_task, where, f"showed {expert!r:.60}; it must be a Trajectory of this task")
+    expert.reward = sound_reward(expert.reward, where)
+    for step in expert.steps:
+        sound_text(step.observation, where, "an observation")
+        sound_text(step.action, where, "an action")
+    return expert
 
 
 def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
@@ -183,9 +197,11 @@ def read_prompt(path: str) -> list[dict]:
         raise InputError(f"{path}: empty; give the instruction, or a JSON list of chat messages")
     if not text.startswith("["):
         return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
-    messages = parse_json(text, path)
-    for number, message in enumerate(messages):
+    messages = []
+    for name, message in json_entries(text, path):
+        where = f"{path}, {name}"
         is_message = isinstance(message, dict) and set(message) == {"role", "content"}
-        if not is_message or not all(isinstance(value, str) for value in message.values()):
-            raise InputError(f'{path}: message {number} is not {{"role": text, "content": text}}')
+        need(is_message, where, 'is not {"role": text, "content": text}')
+        messages.append({key: text_of(message, key, where) for key in message})
+    check_roles(messages, f"{path}: the messages")
     return messages

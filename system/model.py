@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from system.family import use_tree_attention
-from system.files import move_into_place, read_text, write_text
+from system.files import move_into_place, read_tensors, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
 from system.sharding import fill, placement, shard
@@ -133,7 +133,7 @@ def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | st
     """The policy's weights become those that save_policy left in a folder."""
     if run.config.lora_rank:
         file = folder / "lora.safetensors"
-        report = policy.load_state_dict(load_file(file), strict=False)
+        report = policy.load_state_dict(read_tensors(file), strict=False)
         lost = [name for name in report.missing_keys if name.endswith((".A", ".B"))]
         lost += report.unexpected_keys
         if lost:

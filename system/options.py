@@ -1,7 +1,8 @@
 """The command line, made from a dataclass of options.
 
 The comment above a field is its help text, "# ---- name" begins a group of options, and a
-Literal type names the choices. default() gives a field another default for tiny models.
+Literal type names the choices. default() gives a field another default for tiny models, and its
+range.
 """
 
 from __future__ import annotations
@@ -10,18 +11,41 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import json
+import math
+import operator
 import re
 import typing
 from pathlib import Path
 
 from system.errors import InputError
-from system.files import read_text
+from system.files import read_object
+
+# The bounds that a field may have, and how a message names them.
+BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+}
 
 
-def default(real, tiny):
-    """A field with one default for real models and one for tiny ones."""
-    return dataclasses.field(default=real, metadata={"tiny": tiny})
+def default(real, tiny=None, least=None, above=None, most=None):
+    """A field's default, perhaps another one for tiny models, and the bounds of its values."""
+    known = {"tiny": tiny, "least": least, "above": above, "most": most}
+    return dataclasses.field(
+        default=real, metadata={key: value for key, value in known.items() if value is not None}
+    )
+
+
+def check_ranges(options) -> None:
+    """InputError unless every number is finite and within the bounds of its field."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag(field.name)} {value}: must be a finite number")
+        for bound, (holds, words) in BOUNDS.items():
+            limit = field.metadata.get(bound)
+            if limit is not None and not holds(value, limit):
+                raise InputError(f"{flag(field.name)} {value}: must be {words} {limit}")
 
 
 def parse(options: type, argv: list[str] | None, description: str, reads: dict[str, list[str]]):
@@ -59,10 +83,7 @@ def chosen_preset(given: dict, options: type) -> str:
         return "tiny"
     if not config.is_file():
         return "real"
-    try:
-        return json.loads(read_text(config)).get("stepagent_preset", "real")
-    except (ValueError, AttributeError):
-        raise InputError(f"{config}: not a JSON object; download the model again") from None
+    return read_object(config, "download the model again").get("stepagent_preset", "real")
 
 
 def make_parser(options: type, description: str, reads: dict) -> argparse.ArgumentParser:

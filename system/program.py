@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from system.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEPT = "what was finished is kept, the same command continues"
+KEPT = "what was finished is kept, the same command continues, without --restart"
+# No repetition mends these.
+AMISS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 LOST_CONNECTION = re.compile("[Cc]onnection|Broken pipe|Socket closed|NCCL|Timed out")
 
 
@@ -32,13 +34,18 @@ def program(work: Callable[[], None]) -> None:
         work()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except AMISS as error:
+        sys.exit(f"error: {error}; put this right, or begin again with --restart")
     except (OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}; {KEPT}")
+        sys.exit(f"error: {error}; put this right: {KEPT}")
     except RuntimeError as error:
         if not dist.is_initialized() or not LOST_CONNECTION.search(str(error)):
             raise
         reason = str(error).splitlines()[0][:200]
-        sys.exit(f"error: another rank is gone, or the connection to it ({reason}); {KEPT}")
+        sys.exit(
+            f"error: another rank is gone, or the connection to it ({reason}); unless it named an "
+            f"error of its own, {KEPT}"
+        )
     except Stopped as asked:
         print(f"stopped; {KEPT}", file=sys.stderr)
         sys.exit(128 + asked.args[0])

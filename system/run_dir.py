@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,16 +24,23 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from benchmarks.files import json_lines
 from system.errors import InputError
-from system.files import read_text, write_text
+from system.files import named, read_object, read_text, remove, write_text
 from system.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Options that another start of the same run may change.
 FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
-# What a run writes, beside its lock: what it continues from first, its log last.
-RUN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts*.jsonl")
-RUN_FILES += ("eval", "agreement", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
+# What the user may give, and a run must not touch.
+GIVEN = ("model", "init", "expert", "prompt_file", "match")
+# The mark of a run directory, and its lock. In a folder that lacks it no file is touched.
+MARK = "stepagent.run"
+ITERATION = "iter_[0-9]+"
+CHECKPOINT = "[0-9]{8}"
+# What a run writes beside its mark and its state.
+RUN_FILES = rf"checkpoints|{ITERATION}|policy|sft|base|experts\.jsonl|eval|agreement"
+RUN_FILES += r"|failed_batch\.json|report\.md|config\.json|metrics\.jsonl"
 REMEDY = "give another --out, or --restart to begin again"
 
 
@@ -50,6 +56,7 @@ class RunDir:
         self.state = {"done": [], "policy": "", "log_bytes": 0}
         self.current = ""
         if ranks.rank == 0:
+            self._check_place()
             self._lock()
         self._open({"config": dataclasses.asdict(config), "code": hashes(source_files)})
         ranks.barrier()
@@ -83,13 +90,18 @@ class RunDir:
 
     def _remove_old_weights(self) -> None:
         """The last two iterations keep their weights, a finished phase needs no checkpoints."""
-        for name in ("policy", "discriminator*"):
-            found = self.out.glob(f"iter_*/{name}")
-            iterations = sorted({int(folder.parent.name[5:]) for folder in found})
-            for i in iterations[:-2]:
-                for folder in self.out.glob(f"iter_{i}/{name}"):
-                    shutil.rmtree(folder)
-        shutil.rmtree(self.path("checkpoints"), ignore_errors=True)
+        iterations = named(self.out, ITERATION)
+        iterations.sort(key=lambda folder: int(folder.name[5:]))
+        for weights in ("policy", "discriminator(_[01])?"):
+            having = [folder for folder in iterations if named(folder, weights)]
+            for folder in having[:-2]:
+                for old in named(folder, weights):
+                    remove(old)
+        checkpoints = self.path("checkpoints")
+        for old in named(checkpoints, rf"{CHECKPOINT}(\.tmp)?"):
+            remove(old)
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
 
     def say(self, text: str) -> None:
         if self.ranks.rank == 0:
@@ -131,13 +143,44 @@ class RunDir:
     def finish(self) -> None:
         """Writes report.md."""
         if self.ranks.rank == 0:
-            lines = read_text(self.path("metrics.jsonl")).splitlines()
-            write_text(self.path("report.md"), report(self.config, map(json.loads, lines)))
+            log = self.path("metrics.jsonl")
+            rows = [row for _, row in json_lines(read_text(log), str(log))]
+            write_text(self.path("report.md"), report(self.config, rows))
+
+    def _check_place(self) -> None:
+        """InputError where a run could touch what the user gave, or another run."""
+        out = self.out.resolve()
+        for name in GIVEN:
+            given = getattr(self.config, name)
+            if not given or (name, given) == ("model", "tiny"):
+                continue
+            path = Path(given).resolve()
+            # The id of a model is no path, but a folder of its name would be taken for the model.
+            near = os.path.exists(path) and (out.is_relative_to(path) or path.is_relative_to(out))
+            if near or path == out:
+                raise InputError(
+                    f"--out {self.out} is, holds or lies in --{name.replace('_', '-')} {given}, "
+                    "which a run must not touch; give another --out"
+                )
+        for parent in out.parents:
+            if os.path.exists(parent / MARK):
+                raise InputError(f"--out {self.out} lies in the run {parent}; give another --out")
 
     def _lock(self) -> None:
         """One run a directory. The system drops the lock when the process ends, however it does."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path("lock"), "a+", encoding="utf-8")  # noqa: SIM115
+        mark = self.path(MARK)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not mark.is_file() and any(self.out.iterdir()):
+                raise InputError(
+                    f"--out {self.out} has files, but is no run directory ({MARK} is missing); "
+                    "give a new or an empty folder"
+                )
+            self.lock = open(mark, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(
+                f"--out {self.out} cannot be used ({error.strerror}); give another folder"
+            ) from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -154,7 +197,7 @@ class RunDir:
         if self.ranks.rank == 0:
             self.lock.seek(0)
             return self.lock.read()
-        lock = self.path("lock")
+        lock = self.path(MARK)
         return lock.read_text(encoding="utf-8") if lock.exists() else ""
 
     def _open(self, made_by: dict) -> None:
@@ -185,21 +228,21 @@ class RunDir:
         """The state of an earlier start and what made it; None if it has done nothing."""
         if self.ranks.rank > 0 or self.config.restart:
             return None
-        state = self.state
-        if self.path("state.json").exists():
-            state = json.loads(read_text(self.path("state.json")))
-        if state["done"] or self.path("checkpoints").exists():
-            return {"state": state, "made_by": json.loads(read_text(self.path("config.json")))}
-        return None
-
-    def _is_run(self) -> bool:
-        """Files are removed from a run directory alone: its config.json names the code."""
-        if not self.path("config.json").exists():
-            return False
-        try:
-            return "code" in json.loads(read_text(self.path("config.json")))
-        except ValueError:
-            return False
+        file = self.path("state.json")
+        written = named(self.out, RUN_FILES)
+        if not file.exists() and not written:
+            return None
+        remedy = f"put it back, {REMEDY}"
+        state = read_object(file, remedy, done=list, policy=str, log_bytes=int)
+        if not state["done"] and not named(self.path("checkpoints"), CHECKPOINT):
+            return None
+        made_by = read_object(self.path("config.json"), remedy, config=dict, code=dict)
+        log = self.path("metrics.jsonl")
+        if state["log_bytes"] > (log.stat().st_size if log.exists() else 0):
+            raise InputError(f"{log}: lines of finished phases are missing; {remedy}")
+        if not self.path(state["policy"]).is_dir():
+            raise InputError(f"{self.path(state['policy'])}: the policy is missing; {remedy}")
+        return {"state": state, "made_by": made_by}
 
     def _compare(self, now: dict, earlier: dict) -> None:
         """InputError unless options and code are those of the earlier start."""
@@ -213,7 +256,7 @@ class RunDir:
             raise InputError(
                 f"{self.out} holds a run with another configuration ({changes}); {REMEDY}"
             )
-        now, earlier = now["code"], earlier.get("code", {})
+        now, earlier = now["code"], earlier["code"]
         files = [name for name in sorted(now | earlier) if now.get(name) != earlier.get(name)]
         if files:
             named = ", ".join(files[:3])
@@ -226,9 +269,10 @@ class RunDir:
         """Removes what another run or a start that failed early has left; writes config.json."""
         if self.config.restart:
             self.say(f"{self.out} begins again; to continue it later, leave --restart out")
-        for pattern in RUN_FILES if self._is_run() else ():
-            for path in self.out.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # First: whatever else is still there, nothing is done.
+        write_text(self.path("state.json"), json.dumps(self.state))
+        for path in named(self.out, RUN_FILES):
+            remove(path)
         ask = "git rev-parse --verify --quiet HEAD"
         commit = subprocess.run(ask, shell=True, cwd=ROOT, capture_output=True, text=True)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

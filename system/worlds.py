@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.files import need, sound_number, sound_step, sound_text
 from trajectory import (
+    InputError,
     Step,
     Trajectory,
     action_text,
@@ -22,6 +24,32 @@ from trajectory import (
     state_ids,
     stop_ids,
 )
+
+
+def start(env, task_id: str) -> tuple:
+    """(episode, first observation)"""
+    where = f"environment, task {task_id}"
+    answer = env.start(task_id)
+    problem = f"start answered {answer!r:.60}; it must be (episode, first observation)"
+    need(isinstance(answer, tuple) and len(answer) == 2, where, problem)
+    return answer[0], sound_text(answer[1], where, "the first observation")
+
+
+def try_out(env, tasks: list[str], action: str) -> None:
+    """InputError if these tasks cannot be played, before hours are spent: one turn shows it."""
+    for task in tasks:
+        where = f"environment, task {task}"
+        sound_text(task, where, "its id")
+        sound_text(env.task_type(task), where, "its task_type")
+        sound_number(env.max_steps(task), where, "its max_steps", 1, 1e6)
+    for task in tasks[:3]:
+        episode, _ = start(env, task)
+        *_, info = sound_step(episode.step(action), f"environment, task {task}, turn 1")
+        if hasattr(episode, "close"):
+            episode.close()
+        if not info.get("unplayable"):
+            return
+    raise InputError(f"the world failed in {', '.join(tasks[:3])}; see the messages above")
 
 
 @dataclass
@@ -111,7 +139,7 @@ class Worlds:
 
     def _start(self, player: Player) -> None:
         trajectory = player.trajectory
-        player.episode, player.observation = self.env.start(trajectory.task_id)
+        player.episode, player.observation = start(self.env, trajectory.task_id)
         player.pending = prompt_ids(self.tokenizer, trajectory.prompt, player.observation)
         self._end_if_over(player, ended=False, out_of_steps=False)
 
@@ -119,7 +147,9 @@ class Worlds:
         """The world answers one action; `pending` becomes what the model reads next."""
         trajectory, action = player.trajectory, player.action
         text = action_text(self.tokenizer, action)
-        observation, trajectory.reward, ended, info = player.episode.step(text)
+        where = f"environment, task {trajectory.task_id}, turn {len(trajectory.steps) + 1}"
+        answer = sound_step(player.episode.step(text), where)
+        observation, trajectory.reward, ended, info = answer
         trajectory.steps.append(Step(player.observation, text, action))
         player.invalid += not info["valid"]
         secondary = {name: figure for name, figure in info.items() if name != "valid"}

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from trajectory import InputError, Step, Trajectory, parse_action
 
 # What an environment must not answer.
@@ -74,12 +76,15 @@ class Episode:
             return self.fail(action)
         self.count += 1
         said = f"{self.task_id}: {self.count} {action}"
+        reward = self.count / self.env.turns
+        if action == "numpy":
+            reward = np.float32(reward)
         if action == "where":
             said += f" in {os.getpid()}"
         if action == "torch":
             said += f" {'torch' in sys.modules}"
         done = self.count == self.env.turns
-        return said, self.count / self.env.turns, done, {"valid": action != "odd"}
+        return said, reward, done, {"valid": action != "odd"}
 
     def fail(self, action):
         if action == "die":

@@ -432,8 +432,8 @@ def test_an_own_episode_that_a_mark_makes_longer_than_the_context_is_left_out(
 def test_an_expert_trajectory_that_a_mark_makes_longer_than_the_context_is_named(
     tmp_path, monkeypatch, model
 ):
-    forge(monkeypatch, changed)
     long_marks(monkeypatch, True)
-    says = "trajectory train-[0-9]+ and NAT's mark are longer than the model's context; remove it"
+    says = "trajectory train-[0-9]+ has [0-9]+ tokens, the model's context is 1024; remove it"
     with pytest.raises(InputError, match=says):
         run(tmp_path / "x", *ONE, "nat", "--samples", "1", "--model", model)
+    assert json.loads((tmp_path / "x" / "state.json").read_text())["done"] == []

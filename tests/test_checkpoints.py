@@ -157,6 +157,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert metrics(tmp_path / "x") == metrics(tmp_path / "whole")
 
 
+def test_where_no_checkpoint_is_whole_the_phase_begins_again(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        kill_after_saving(patch, [], 1)
+        with pytest.raises(Killed):
+            learn(tmp_path / "x")
+    tear(tmp_path / "x" / "checkpoints" / "00000001")
+    assert same(learn(tmp_path / "whole"), learn(tmp_path / "x"))
+    said = capfd.readouterr().out
+    assert "00000001 is torn or corrupt; it is removed, the phase begins again" in said
+
+
+def test_only_names_of_checkpoints_count(tmp_path, monkeypatch):
+    """Eight characters, not all of them digits; and somebody's copy."""
+    kill_after_saving(monkeypatch, [], 3)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            learn(tmp_path / "x")
+        for name in ("mybackup", "00000001.bak", "notes.tmp"):
+            (tmp_path / "x" / "checkpoints" / name).mkdir(exist_ok=True)
+    learn(tmp_path / "x")
+    names = sorted(path.name for path in (tmp_path / "x" / "checkpoints").iterdir())
+    assert names == ["00000001.bak", "mybackup", "notes.tmp"]
+
+
 def test_two_checkpoints_are_kept_and_a_cut_off_one_is_removed(tmp_path, monkeypatch):
     kill_after_saving(monkeypatch, [], 4)
     for _ in range(4):

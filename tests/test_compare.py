@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,24 @@ def test_reproduce_gives_a_method_only_what_it_reads(tmp_path, label):
     for options in asked:
         quick = options | reproduce.only_read(options["method"], reproduce.QUICK)
         assert stepagent.parse(reproduce.words_of(quick)).method == options["method"]
+
+
+def test_reproduce_leaves_a_run_directory_to_the_run(tmp_path, monkeypatch):
+    """Its log stands beside: a folder with files is refused."""
+    found = []
+
+    def ran(command, cwd, stdout, stderr, env):
+        out = Path(command[command.index("--out") + 1])
+        stdout.write("said")
+        found.append(out.exists() and list(out.iterdir()))
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", ran)
+    runs = reproduce.Runs(tmp_path, tmp_path, jobs=1, execute=True, quick=True)
+    runs.start("test/base", {"method": "base"})
+    with pytest.raises(SystemExit, match="error: .*test/base failed; see .*test/base.log"):
+        runs.wait()
+    assert found == [False] and (tmp_path / "test" / "base.log").read_text() == "said"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """PPO on whole episodes, for Table 2's PPO and Table 3's rewards `final` and `both`."""
 
+import json
 import math
 
 import pytest
@@ -203,10 +204,24 @@ def test_the_loss_of_ppo_by_hand(tmp_path, monkeypatch, model):
     assert passes[0] != passes[1] != passes[2]
 
 
-def test_episodes_of_too_few_tasks_for_two_value_heads_are_refused(tmp_path, monkeypatch, model):
-    words = [*ONE, "ppo", "--practice-experts", "3", "--model", model]
+def test_too_few_tasks_for_two_value_heads_are_refused_at_the_start(tmp_path, model):
+    few = ["--practice-experts", "3", "--model", model]
+    inverse = ["stepagent-inverse", "--reward"]
+    for number, words in enumerate((["ppo"], [*inverse, "final"], [*inverse, "both"])):
+        out = tmp_path / str(number)
+        with pytest.raises(InputError, match="3 expert trajectories to practise are too few: .* 4"):
+            run(out, *ONE, *words, *few)
+        assert json.loads((out / "state.json").read_text())["done"] == []
+
+
+def test_worlds_that_fail_may_leave_too_few_tasks_for_two_value_heads(tmp_path, monkeypatch, model):
+    def write(expert, number):
+        episode = changed(expert, number)
+        episode.info["unplayable"] = int(number >= 3)
+        return episode
+
     with pytest.raises(InputError, match="episodes of 3 tasks are too few for two value heads"):
-        after(tmp_path / "x", monkeypatch, changed, *words)
+        after(tmp_path / "x", monkeypatch, write, *ONE, "ppo", "--model", model)
 
 
 # -------------------------------------------------------------------------- Table 3: final and both

@@ -1,18 +1,22 @@
 """Whole episodes, many worlds at once, against the naive definition."""
 
 import copy
+import json
 import random
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 import naive
 import rollout
+from benchmarks.files import sound_step
 from rollout import episode_figures, run_episodes
 from system.family import use_tree_attention
+from system.worlds import try_out
 from trajectory import InputError, Step, Trajectory, encode, prompt_ids, stable_seed, stop_ids
 from tree import empty_pass
 
@@ -54,6 +58,21 @@ class ParrotEpisode:
 
 class SlowParrot(Parrot):
     slow = True
+
+
+class Answering(Parrot):
+    """Its episodes answer this, whatever is done."""
+
+    def __init__(self, answer, first="You see a desk."):
+        super().__init__()
+        self.answer = answer
+        self.first = first
+
+    def task_type(self, task):
+        return "x"
+
+    def start(self, task):
+        return SimpleNamespace(step=lambda text: self.answer, close=lambda: None), self.first
 
 
 def talker(make=tiny.chatml, family="llama", context=1000, **more):
@@ -332,6 +351,103 @@ def test_rows_that_read_together_are_alike_and_all_read_once(lengths):
             assert max(lengths_read) <= 2 * min(lengths_read) + 64
 
 
+VALID = {"valid": True}
+
+
+@pytest.mark.parametrize(
+    "answer, sound",
+    [
+        (("o", np.float32(0.5), np.bool_(True), VALID), ("o", 0.5, True, VALID)),
+        (("o", np.int64(1), True, {"valid": np.bool_(False)}), ("o", 1.0, True, {"valid": False})),
+        (("o", np.array(0.25), 1, VALID), ("o", 0.25, True, VALID)),
+        (("o", torch.tensor(0.25), 1, {"valid": 1}), ("o", 0.25, True, VALID)),
+        (
+            (np.str_("o"), True, True, VALID | {"f1": np.float64(2)}),
+            ("o", 1.0, True, VALID | {"f1": 2.0}),
+        ),
+    ],
+)
+def test_what_a_world_answers_becomes_plain_values(answer, sound):
+    model, tokenizer = talker()
+    [episode] = run_episodes(model, tokenizer, Answering(answer), ["t0"], max_new_tokens=4)
+    assert sound_step(answer, "here") == sound
+    found = [*sound_step(answer, "here")[:3], *sound_step(answer, "here")[3].values()]
+    assert {type(value) for value in found} <= {str, float, bool}
+    assert (episode.reward, episode.last) == (sound[1], "o")
+    # As it is written.
+    json.dumps([episode.reward, episode.truncated, episode.info, episode.last])
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, r"the answer is None; it must be \(observation, reward, done, info\)"),
+        ("four", "the answer is 'four'"),
+        (("o", 0.5, True, False, VALID), r"the answer is .*; it must be \(observation, reward"),
+        (("o", 7.0, True, VALID), "the reward is 7.0; it must be a number from 0 to 1"),
+        (("o", -0.1, True, VALID), "the reward is -0.1"),
+        (("o", float("nan"), True, VALID), "the reward is nan"),
+        (("o", np.float32("nan"), True, VALID), "the reward is nan"),
+        (("o", "0.5", True, VALID), "the reward is '0.5'"),
+        (("o", None, True, VALID), "the reward is None"),
+        (("o", np.ones(2), True, VALID), "the reward is array"),
+        (("o", 0.5, None, VALID), '"done" is None'),
+        (("o", 0.5, True, None), 'info is no dict with "valid"'),
+        (("o", 0.5, True, {}), 'info is no dict with "valid"'),
+        (("o", 0.5, True, {"valid": "yes"}), "info.'valid'. is 'yes'"),
+        (("o", 0.5, True, VALID | {"note": "x"}), "info.'note'. is 'x'; it must be a number"),
+        (("o", 0.5, True, VALID | {"f1": float("nan")}), "info.'f1'. is nan"),
+        (("o", 0.5, True, VALID | {"steps": 3}), "info.'steps'. has the name of another figure"),
+        ((b"o", 0.5, True, VALID), "the observation is not text but bytes"),
+        (("\ud83d", 0.5, True, VALID), "the observation holds half of a surrogate pair"),
+    ],
+)
+def test_what_no_world_may_answer_is_named_in_its_turn(answer, says):
+    model, tokenizer = talker()
+    with pytest.raises(InputError, match=f"^environment, task t0, turn 1: {says}") as error:
+        run_episodes(model, tokenizer, Answering(answer), ["t0"], max_new_tokens=4)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("first, says", [(None, "not text but NoneType"), ("\udc00", "surrogate")])
+def test_a_first_observation_is_checked_too(first, says):
+    model, tokenizer = talker()
+    with pytest.raises(InputError, match=f"^environment, task t0: the first observation .*{says}"):
+        run_episodes(model, tokenizer, Answering(None, first), ["t0"], max_new_tokens=4)
+    env = Answering(None)
+    env.start = lambda task: "You see a desk."
+    with pytest.raises(
+        InputError, match="start answered 'You see a desk.'; it must be .episode, f"
+    ):
+        run_episodes(model, tokenizer, env, ["t0"], max_new_tokens=4)
+
+
+def test_tasks_are_tried_before_they_are_played():
+    good = ("o", 0.5, False, VALID)
+    try_out(Answering(good), ["t0", "t1"], "Action: look")
+    # Of the last task, too.
+    for name, value in (("max_steps", 0), ("max_steps", None), ("task_type", None)):
+        env = Answering(good)
+        usual = getattr(env, name)
+        setattr(env, name, {"t0": usual("t0"), "t1": value}.get)
+        with pytest.raises(InputError, match=f"environment, task t1: its {name} is"):
+            try_out(env, ["t0", "t1"], "Action: look")
+    with pytest.raises(InputError, match="environment, task 7: its id is not text but int"):
+        try_out(Answering(good), [7], "Action: look")
+    with pytest.raises(InputError, match="environment, task t0, turn 1: the reward is 2"):
+        try_out(Answering(("o", 2, False, VALID)), ["t0"], "Action: look")
+
+
+def test_a_world_may_fail_in_some_tasks_but_not_in_all():
+    failed = ("The world has failed.", 0.0, True, VALID | {"unplayable": 1})
+    with pytest.raises(InputError, match="the world failed in t0, t1, t2; see the messages above"):
+        try_out(Answering(failed), ["t0", "t1", "t2", "t3"], "Action: look")
+    worlds = {"t0": Answering(failed), "t1": Answering(("o", 0.5, False, VALID))}
+    env = Answering(failed)
+    env.start = lambda task: worlds[task].start(task)
+    try_out(env, ["t0", "t1"], "Action: look")
+
+
 def turns(count: int) -> list[Step]:
     return [Step("", "")] * count
 
@@ -366,5 +482,7 @@ def test_an_episode_whose_world_failed_is_counted_not_scored():
     failed = Trajectory("b2", [], turns(1), 0.0, False, info)
     alone = episode_figures([played], env)
     assert episode_figures([played, failed], env) == alone | {"unplayable": 1, "restarts": 2}
-    with pytest.raises(InputError, match="failed in all of 1"):
+    with pytest.raises(InputError, match="failed in all of 1; see the messages above"):
         episode_figures([failed], env)
+    with pytest.raises(InputError, match="no episode to evaluate: there is no task"):
+        episode_figures([], env)

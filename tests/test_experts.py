@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ranks import QUIET, commands, finish, run, start
 
@@ -165,10 +166,37 @@ def test_what_the_expert_does_not_solve_in_time_is_left_out(tmp_path, world, pla
     assert names(experts) == fits and 0 < len(fits) < 5
     says = f"6 tasks; {6 - len(fits)} that are not solved, or in more steps than allowed, are left"
     assert says in capsys.readouterr().out
-    for unsolved in (None, Trajectory("train-1", [], [Step("o", "a")], 0.5)):
-        world.expert = lambda task, unsolved=unsolved: unsolved
+    for shows in (lambda task: None, lambda task: Trajectory(task, [], [Step("o", "a")], 0.5)):
+        world.expert = shows
         with pytest.raises(InputError, match="household: no expert trajectory; give a file with"):
             load_experts(run_dir(tmp_path / "y"), world, False)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (Trajectory("train-0", [], [Step("o", "Action: a")], 70), "the reward is 70; it must be"),
+        (Trajectory("train-0", [], [Step("o", "Action: a")], float("nan")), "the reward is nan"),
+        (Trajectory("elsewhere", [], [Step("o", "Action: a")], 1.0), "a Trajectory of this task"),
+        (["o", "a"], "must be a Trajectory of this task"),
+        (Trajectory("train-0", [], [Step("\ud83d", "Action: a")], 1.0), "half of a surrogate pair"),
+        (Trajectory("train-0", [], [Step("o", None)], 1.0), "an action is not text but NoneType"),
+    ],
+)
+def test_what_the_environments_expert_shows_is_checked(tmp_path, world, answer, says):
+    world.splits = world.splits | {"train": ["train-0"]}
+    world.expert = lambda task: answer
+    with pytest.raises(InputError, match="the expert of the environment, task train-0: ") as error:
+        load_experts(run_dir(tmp_path / "x"), world, False)
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, world):
+    world.splits = world.splits | {"train": ["train-0"]}
+    reward = np.float32(1)
+    world.expert = lambda task: Trajectory(task, [], [Step("o", "Action: a")], reward)
+    [shown] = load_experts(run_dir(tmp_path / "x"), world, False)
+    assert type(shown.reward) is float and shown.reward == 1
 
 
 def test_experts_of_a_slow_world_keep_their_order(tmp_path, world):
@@ -196,17 +224,21 @@ def test_a_prompt_file_has_messages_or_the_instruction(tmp_path, words):
         ("", "empty; give the instruction, or a JSON list of chat messages"),
         (" \n", "empty"),
         ("[{", "broken JSON"),
-        ('["Rules."]', 'message 0 is not {"role": text, "content": text}'),
-        (json.dumps([*OPENING, {"role": "user"}]), "message 2 is not"),
-        (json.dumps([{"role": "user", "content": 3}]), "message 0 is not"),
-        (json.dumps([OPENING[0] | {"name": "x"}]), "message 0 is not"),
+        ('["Rules."]', 'entry 0: is not {"role": text, "content": text}'),
+        (json.dumps([*OPENING, {"role": "user"}]), "entry 2: is not"),
+        (json.dumps([{"role": "user", "content": 3}]), "entry 0: 'content' is not text but int"),
+        (json.dumps([OPENING[0] | {"name": "x"}]), "entry 0: is not"),
+        # What an expert file is asked for, too.
+        (json.dumps(OPENING[:1]), "must be an optional system message, then user and assistant"),
+        (json.dumps(OPENING[::-1]), "must be an optional system message"),
+        ('[{"role": "user", "content": "\\ud83d"}]', "half of a surrogate pair"),
         (None, "cannot be read"),
     ],
 )
 def test_a_bad_prompt_file_is_refused(tmp_path, text, says):
     if text is not None:
         (tmp_path / "prompt").write_text(text)
-    with pytest.raises(InputError, match="prompt: ") as error:
+    with pytest.raises(InputError, match="/prompt[:,] ") as error:
         read_prompt(str(tmp_path / "prompt"))
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
 

@@ -138,6 +138,8 @@ def test_an_unknown_task_is_refused(env, task):
         {"max_steps": 0},
         {"rooms": 3},
         {"receptacles": "many"},
+        {"receptacles": 5.5},
+        {"max_steps": 12.5},
     ],
 )
 def test_a_bad_option_is_refused(options):

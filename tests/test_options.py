@@ -1,12 +1,13 @@
 """The command line that is made from a dataclass."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from system.options import default, documented, parse
+from system.options import check_ranges, default, documented, parse
 from trajectory import InputError
 
 
@@ -27,7 +28,9 @@ class Options:
     # 100% of all updates
     rate: float = default(0.1, tiny=1.0)
     # passes over the data
-    passes: int = 4
+    passes: int = default(4, least=0)
+    # of all updates
+    share: float = default(0.5, above=0, most=1)
     # recompute activations
     recompute: bool = default(True, tiny=False)
 
@@ -41,7 +44,7 @@ def parsed(*words: str) -> Options:
 
 def test_words_become_values_of_the_fields_types():
     words = "--method slow --model some/folder --rate 1e-3 --passes 7 --recompute false"
-    assert parsed(*words.split()) == Options("slow", "some/folder", "auto", 1e-3, 7, False)
+    assert parsed(*words.split()) == Options("slow", "some/folder", "auto", 1e-3, 7, 0.5, False)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,28 @@ def test_an_option_that_the_method_does_not_read_is_refused():
     parsed("--method", "still", "--recompute", "true")
 
 
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"passes": -1}, "--passes -1: must be at least 0"),
+        ({"share": 0.0}, "--share 0.0: must be above 0"),
+        ({"share": -0.5}, "--share -0.5: must be above 0"),
+        ({"share": 1.5}, "--share 1.5: must be at most 1"),
+        # Without bounds of its own.
+        ({"rate": math.nan}, "--rate nan: must be a finite number"),
+        ({"share": math.inf}, "--share inf: must be a finite number"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_the_range(values, says):
+    with pytest.raises(InputError, match=f"^{says}$"):
+        check_ranges(Options(**values))
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    check_ranges(Options(passes=0, share=1.0, rate=-1e9))
+    check_ranges(Options(passes=10**400, share=1e-300))
+
+
 # ---------------------------------------------------------------------------------------- presets
 
 
@@ -122,7 +147,8 @@ def test_a_preset_that_is_given_counts(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '"tiny"', ""])
 def test_a_models_config_that_is_no_object_is_refused(tmp_path, text):
     broken = folder_with(tmp_path, "broken", text)
-    with pytest.raises(InputError, match="broken/config.json: not a JSON object; download"):
+    says = "broken/config.json: (not a JSON object|broken JSON); download the model again"
+    with pytest.raises(InputError, match=says):
         parsed("--model", broken)
 
 
@@ -139,6 +165,7 @@ def test_the_comment_above_a_field_is_its_help():
         "learning": {
             "rate": "learning rate (paper), in 100% of all updates",
             "passes": "passes over the data",
+            "share": "of all updates",
             "recompute": "recompute activations",
         },
     }

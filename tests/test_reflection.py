@@ -621,8 +621,9 @@ def test_a_world_without_dev_tasks_has_no_held_out_figures(tmp_path, monkeypatch
 
 def test_one_trajectory_has_no_other_half(tmp_path, model):
     words = [*INVERSE, "--practice-experts", "1", "--model", model, "--d-scores", "held-out"]
-    with pytest.raises(InputError, match="--d-scores held-out needs at least 2 trajectories"):
+    with pytest.raises(InputError, match="1 expert trajectories to practise are too few: .* 2 w"):
         run(tmp_path / "x", *ONE, *words)
+    assert json.loads((tmp_path / "x" / "state.json").read_text())["done"] == []
 
 
 # ------------------------------------------------------------------------------------- agreement

@@ -305,6 +305,14 @@ def test_what_cannot_be_shown_is_one_line_with_the_file(run, monkeypatch, name, 
     assert not (run / "report.html").exists()
 
 
+def test_only_names_of_iterations_are_read(run, monkeypatch):
+    for name in ("iter_1.bak", "iter_x", "iter_2 copy"):
+        (run / name).mkdir()
+        (run / name / "practice.jsonl").write_text("not ours")
+    shown = embedded(write(run, monkeypatch))
+    assert [one["iteration"] for one in shown["practice"]] == [1, 2, 10]
+
+
 def test_places_that_are_not_there(run, monkeypatch):
     with pytest.raises(SystemExit, match="there is no such directory; give the --out of a finish"):
         write(run / "nowhere", monkeypatch)

@@ -1,9 +1,11 @@
 """The run directory: one run at a time, its phases, its log, and forks that change the code."""
 
+import errno
 import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +28,15 @@ from ranks import (
     weights,
     words_of,
 )
+from safetensors import SafetensorError
 
 import envs
 import system.run_dir
 from stepagent import Config
+from system.files import read_tensors
+from system.program import KEPT, program
 from system.ranks import Ranks
-from system.run_dir import RunDir
+from system.run_dir import MARK, RunDir
 from trajectory import InputError
 
 
@@ -202,14 +207,16 @@ def test_restart_removes_what_runs_write_and_nothing_else(tmp_path, capsys):
     here = begun(out, source(tmp_path / "src", losses="1"))
     here.log("sft", 0, 0)
     written = "experts.jsonl report.md failed_batch.json base/w sft/w policy/w eval/w iter_1/w"
-    written += " iter_12/w checkpoints/00000001/w"
-    for name in [*written.split(), "notes.txt", "plots/w", "iterations/w"]:
+    written += " iter_12/w checkpoints/00000001/w agreement/w"
+    others = "notes.txt plots/w iterations/w iter_1.bak/w iter_x/w experts_mine.jsonl my_report.md"
+    for name in [*written.split(), *others.split()]:
         (out / name).parent.mkdir(exist_ok=True, parents=True)
         (out / name).write_text("")
     here = open_dir(out, source(tmp_path / "src", losses="2"), seed=5, restart=True)
     assert not here.has_done("first") and metrics(out) == []
     left = {path.name for path in out.iterdir()}
-    assert left == {"lock", "config.json", "metrics.jsonl", "notes.txt", "plots", "iterations"}
+    kept = {name.removesuffix("/w") for name in others.split()}
+    assert left == kept | {MARK, "state.json", "config.json", "metrics.jsonl"}
     assert read_json(out / "config.json")["config"]["seed"] == 5
     assert "begins again" in capsys.readouterr().out
     here.phase("first", nothing)
@@ -217,10 +224,173 @@ def test_restart_removes_what_runs_write_and_nothing_else(tmp_path, capsys):
     assert open_dir(out, source(tmp_path / "src", losses="2"), seed=5).has_done("first")
 
 
-def test_restart_leaves_a_folder_of_somebody_elses(tmp_path):
-    (tmp_path / "x" / "policy").mkdir(parents=True)
+def test_names_that_only_look_like_the_runs_are_left_alone(tmp_path):
+    here = begun(tmp_path / "x")
+    for name in ("iter_1", "iter_2", "iter_3", "iter_1.bak", "iter_x", "iter_4 copy"):
+        (tmp_path / "x" / name / "policy").mkdir(parents=True)
+    for name in ("00000001", "00000002.tmp", "00000001.bak", "mybackup"):
+        (tmp_path / "x" / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "x" / "iter_1" / "discriminator_notes").mkdir()
+    here.phase("second", nothing)
+    left = {path.parent.name for path in (tmp_path / "x").glob("iter_*/policy")}
+    assert left == {"iter_2", "iter_3", "iter_1.bak", "iter_x", "iter_4 copy"}
+    kept = {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
+    assert kept == {"00000001.bak", "mybackup"}
+    assert (tmp_path / "x" / "iter_1" / "discriminator_notes").exists()
+    # They are no checkpoints to go on from, either.
+    (tmp_path / "x" / "state.json").write_text('{"done": [], "policy": "", "log_bytes": 0}')
+    assert not open_dir(tmp_path / "x", seed=3).has_done("first")
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path):
+    (tmp_path / "elsewhere" / "w").mkdir(parents=True)
+    begun(tmp_path / "x")
+    for name in ("policy", "checkpoints", "iter_1"):
+        (tmp_path / "x" / name).symlink_to(tmp_path / "elsewhere")
     open_dir(tmp_path / "x", restart=True)
-    assert (tmp_path / "x" / "policy").exists()
+    assert (tmp_path / "elsewhere" / "w").exists() and not (tmp_path / "x" / "policy").exists()
+
+
+# ----------------------------------------------------------------------------- whose files are here
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", '{"model_type": "llama"}'),
+        ("config.json", '{"config": {}, "code": {}}'),
+        ("policy/model.safetensors", "weights"),
+        ("base/notes", "mine"),
+        ("metrics.jsonl", "{}\n"),
+        ("report.md", "mine"),
+        ("state.json", '{"done": ["sft"], "policy": "", "log_bytes": 0}'),
+        ("lock", "mine"),
+        (".hidden", ""),
+    ],
+)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_with_files_that_is_no_run_is_refused_as_it_is(tmp_path, name, text, restart):
+    out = tmp_path / "x"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text(text)
+    with pytest.raises(InputError, match="x has files, but is no run directory .*give a new or an"):
+        open_dir(out, restart=restart)
+    assert contents(out) == {name: text}
+
+
+def test_a_new_or_empty_folder_is_marked_before_anything_else(tmp_path, monkeypatch):
+    def dies(self, made_by):
+        raise Killed
+
+    for name in ("new/er", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDir, "_open", dies)
+            with pytest.raises(Killed):
+                open_dir(tmp_path / name)
+        assert list(contents(tmp_path / name)) == [MARK]
+        begun(tmp_path / name)
+
+
+@pytest.mark.parametrize("option", ["model", "init", "expert", "prompt_file", "match"])
+@pytest.mark.parametrize("given", ["x", "x/experts.jsonl", "x/sft/policy", "."])
+def test_a_run_that_could_touch_what_the_user_gave_is_refused(tmp_path, option, given):
+    """Also where the folder is a run's: its files may be what is given."""
+    out = tmp_path / "x"
+    begun(out)
+    (out / "experts.jsonl").write_text("given")
+    (out / "sft/policy").mkdir(parents=True)
+    before = contents(out)
+    says = f"--out .*x is, holds or lies in --{option.replace('_', '-')} .*give another --out"
+    with pytest.raises(InputError, match=says):
+        open_dir(out, restart=True, **{option: str(tmp_path / given)})
+    assert contents(out) == before
+
+
+def test_a_link_to_what_the_user_gave_is_no_way_around(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "model")
+    for out in ("x", "x/run"):
+        with pytest.raises(InputError, match="is, holds or lies in --model"):
+            open_dir(tmp_path / out, model=str(tmp_path / "model"))
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_the_id_of_a_model_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_dir(Path("tiny"), model="tiny")
+    open_dir(Path("some"), model="some/model")
+    # A folder of its name would be read instead of it.
+    with pytest.raises(
+        InputError, match="--out other/model is, holds or lies in --model other/mod"
+    ):
+        open_dir(Path("other/model"), model="other/model")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_inside_a_run_is_refused(tmp_path):
+    begun(tmp_path / "x")
+    for inside in ("policy", "notes/deep"):
+        with pytest.raises(InputError, match=f"{inside} lies in the run .*x; give another --out"):
+            open_dir(tmp_path / "x" / inside)
+        assert not (tmp_path / "x" / inside).exists()
+
+
+def lose(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("state.json", None, "state.json: cannot be read"),
+        ("state.json", "", "state.json: broken JSON"),
+        ("state.json", "[" * 100_000, "state.json: broken JSON"),
+        ("state.json", "[]", "state.json: not a JSON object"),
+        ("state.json", '{"done": []}', "state.json: 'policy' is missing or broken"),
+        ("state.json", '{"done": 3, "policy": "", "log_bytes": 0}', "'done' is missing or broken"),
+        ("state.json", b"\xff", "state.json: cannot be read .not UTF-8 text"),
+        ("config.json", None, "config.json: cannot be read"),
+        ("config.json", '{"config": {', "config.json: broken JSON"),
+        ("config.json", '{"code": {}}', "config.json: 'config' is missing or broken"),
+        ("metrics.jsonl", None, "metrics.jsonl: lines of finished phases are missing"),
+        ("metrics.jsonl", "", "metrics.jsonl: lines of finished phases are missing"),
+        ("sft/policy", None, "policy: the policy is missing"),
+    ],
+)
+def test_a_broken_run_directory_is_one_line_and_loses_nothing(tmp_path, name, text, says):
+    out = tmp_path / "x"
+    here = open_dir(out)
+
+    def work():
+        (out / "sft/policy").mkdir(parents=True)
+        (out / "sft/policy/w").write_text("learnt")
+        here.state["policy"] = "sft/policy"
+        here.log("sft", 0, 0)
+
+    here.phase("sft", work)
+    lose(out / name)
+    if text is not None:
+        (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    remedy = "; put it back, give another --out, or --restart to begin again"
+    with pytest.raises(InputError, match=f"{says}.*{remedy}$") as error:
+        open_dir(out)
+    assert len(str(error.value).splitlines()) == 1
+    assert name == "sft/policy" or (out / "sft/policy/w").read_text() == "learnt"
+    assert not open_dir(out, restart=True).has_done("sft")
+
+
+def test_a_broken_log_is_named_with_its_line(tmp_path):
+    here = open_dir(tmp_path / "x")
+    here.log("sft", 0, 0)
+    (tmp_path / "x" / "metrics.jsonl").write_text('{"phase": "sft"}\n{"pha\n')
+    with pytest.raises(InputError, match="metrics.jsonl, line 2: broken JSON"):
+        here.finish()
 
 
 # ---------------------------------------------------------------------------- one run a directory
@@ -242,14 +412,14 @@ def is_locked(path: Path) -> bool:
 
 
 def test_a_second_run_on_the_directory_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
-    lock = tmp_path / "x" / "lock"
+    lock = tmp_path / "x" / MARK
     lock.parent.mkdir()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock])
     until(lambda: lock.exists() and "here" in lock.read_text())
     message = f"x is in use by process {holder.pid} on here; wait for it, or give another --out"
     with pytest.raises(InputError, match=message):
         open_dir(tmp_path / "x")
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [MARK]
     holder.kill()
     holder.wait()
     open_dir(tmp_path / "x")
@@ -260,20 +430,11 @@ def test_a_run_holds_its_directory_until_it_ends(tmp_path):
     here = begun(tmp_path / "x")
     here.log("sft", 0, 0)
     here.phase("second", nothing)
-    assert is_locked(tmp_path / "x" / "lock")
+    assert is_locked(tmp_path / "x" / MARK)
     here.finish()
-    assert is_locked(tmp_path / "x" / "lock")
+    assert is_locked(tmp_path / "x" / MARK)
     fcntl.lockf(here.lock, fcntl.LOCK_UN)
-    assert not is_locked(tmp_path / "x" / "lock")
-
-
-def test_a_log_alone_does_not_make_a_folder_a_run(tmp_path):
-    """Somebody else's metrics.jsonl, and a policy that must stay."""
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "policy" / "model.safetensors").write_text("kept")
-    open_dir(tmp_path)
-    assert (tmp_path / "policy" / "model.safetensors").read_text() == "kept"
+    assert not is_locked(tmp_path / "x" / MARK)
 
 
 def test_all_machines_must_see_the_directory(tmp_path):
@@ -371,7 +532,7 @@ def test_a_killed_run_resumed_is_an_uninterrupted_one_to_the_bit(
     found = sorted(str(path.relative_to(parts)) for path in parts.rglob("*") if path.is_file())
     assert files == found and "report.md" in files
     for name in files:
-        if not name.endswith(("metrics.jsonl", "state.json", "config.json", "lock")):
+        if not name.endswith(("metrics.jsonl", "state.json", "config.json", MARK)):
             assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
 
 
@@ -419,6 +580,36 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, out, says):
     assert finish(start(1, tmp_path / "log", commands, runs, before)) == [1]
     [line] = (tmp_path / "log").read_text().splitlines()
     assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.ENOSPC, "No space left"), f"No space left; put this right: {KEPT}"),
+        (PermissionError(errno.EACCES, "Permission denied"), f"put this right: {KEPT}"),
+        (SafetensorError("No space left"), f"No space left; put this right: {KEPT}"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "right, or begin again with --restart"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "or begin again with --restart"),
+    ],
+)
+def test_only_what_a_repetition_can_mend_is_said_to_continue(monkeypatch, error, says):
+    def work():
+        raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        program(work)
+    assert stopped.value.code.endswith(says) and stopped.value.code.startswith("error: ")
+    assert ("continues" in says) == ("continues" in stopped.value.code)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"torn"])
+def test_tensors_that_are_missing_or_torn_are_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "practice.safetensors").write_bytes(content)
+    says = "practice.safetensors: cannot be read .*; put it back, or begin again with --restart$"
+    with pytest.raises(InputError, match=says):
+        read_tensors(tmp_path / "practice.safetensors")
 
 
 def small_files() -> None:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -205,7 +206,17 @@ def test_a_refused_option_ends_the_program_with_one_line_and_an_exit_code(tmp_pa
         (["--init", "/no/such/folder"], "cannot be loaded"),
         (["--method", "stepagent-inverse", "--temperature", "0.7"], "--temperature 0.7: PPO's"),
         (["--method", "ppo", "--temperature", "0.5"], "--temperature 0.5: PPO's ratio"),
-        (["--method", "sft+", "--match", "/no/such/run"], "cannot be read"),
+        (["--method", "sft+", "--match", "/no/such/run"], "cannot be read.*; give as --match the"),
+        (["--sft-batch", "-1"], "--sft-batch -1: must be at least 1"),
+        (["--sft-lr=-1e-3"], "--sft-lr -0.001: must be at least 0"),
+        (["--practice", "0"], "--practice 0: must be at least 1"),
+        (["--temperature", "nan"], "--temperature nan: must be a finite number"),
+        (["--beta", "-1"], "--beta -1.0: must be above 0"),
+        (["--leaves", "0"], "--leaves 0: must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        (["--warmup", "1.5"], "--warmup 1.5: must be at most 1"),
+        (["--eval-tasks", "-1"], "--eval-tasks -1: must be at least 0"),
+        (["--method", "sft", "--init", "runs/sft/policy"], "--init: sft would not learn from it"),
         (
             ["--method", "rft", "--lora-rank", "4", "--init", "runs/sft/policy"],
             "--lora-rank with --init: rft starts again from --model",
@@ -216,6 +227,54 @@ def test_bad_input_is_one_line_with_the_remedy(tmp_path, words, says):
     with pytest.raises(InputError, match=says) as error:
         run(tmp_path / "x", *QUIET, *words)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_every_number_but_the_seed_has_a_range():
+    for field in fields(Config):
+        if field.type in ("int", "float") and field.name != "seed":
+            assert set(field.metadata) & {"least", "above"}, field.name
+            with pytest.raises(InputError, match="must be (at least|above)"):
+                Config(**{field.name: -2})
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_split_without_tasks_is_told_at_the_start(tmp_path, monkeypatch, model, split):
+    make_env = stepagent.make_env
+
+    def emptied(name, **options):
+        env = make_env(name, **options)
+        env.splits = env.splits | {split: []}
+        return env
+
+    monkeypatch.setattr(stepagent, "make_env", emptied)
+    with pytest.raises(InputError, match=f"household has no task in split '{split}'; use train, "):
+        run(tmp_path / "x", "--model", model)
+    assert not (tmp_path / "x" / "experts.jsonl").exists()
+
+
+@pytest.mark.parametrize("method", ["sft", "eto"])
+def test_a_world_that_answers_nonsense_is_told_at_the_start(tmp_path, monkeypatch, model, method):
+    """In the evaluated tasks, and in those that the agent will play."""
+    make_env = stepagent.make_env
+
+    def strange(name, **options):
+        env = make_env(name, **options)
+        usual = env.start
+
+        def start(task):
+            episode, observation = usual(task)
+            if not task.startswith("test" if method == "sft" else "train"):
+                return episode, observation
+            return SimpleNamespace(step=lambda text: (*episode.step(text)[:3], {})), observation
+
+        env.expert, env.start = make_env(name, **options).expert, start
+        return env
+
+    monkeypatch.setattr(stepagent, "make_env", strange)
+    says = 'environment, task (test|train)-[0-9]+, turn 1: info is no dict with "valid"'
+    with pytest.raises(InputError, match=says):
+        run(tmp_path / "x", "--model", model, "--method", method)
+    assert json.loads((tmp_path / "x" / "state.json").read_text())["done"] == []
 
 
 @pytest.mark.parametrize("option", ["--model", "--init", "--prompt-file"])
@@ -368,6 +427,26 @@ def test_a_match_with_other_data_is_refused(tmp_path, model):
         says = f"--match .*: its {option} is {was}; give this run the same"
         with pytest.raises(InputError, match=says):
             run(tmp_path / "b", *ONE, *words, option, asked)
+
+
+def test_a_match_that_cannot_be_taken_is_told_at_the_start(tmp_path, model):
+    first = run(tmp_path / "a", *ONE, "--method", "stepagent-implicit", "--model", model)
+    words = [*ONE, "--method", "sft+", "--match", str(first), "--model", model]
+    file = first / "iter_1" / "batches.json"
+    for text, says in (
+        ('[["train-0"], ["elsewhere"]]', "'elsewhere' is none of this run's trajectories"),
+        ("[[", "batches.json: broken JSON; give as --match a finished run"),
+        (None, "batches.json: cannot be read .*; give as --match a finished run"),
+    ):
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(InputError, match=says):
+            run(tmp_path / "b", *words)
+        assert json.loads((tmp_path / "b" / "state.json").read_text())["done"] == []
+    # A model's folder is no run.
+    with pytest.raises(InputError, match="'config' is missing or broken; give as --match the --ou"):
+        run(tmp_path / "b", *words[:-3], model, *words[-2:])
 
 
 def test_sft_plus_alone_makes_the_updates_of_a_reflection_that_drops_no_pair(tmp_path, model):

@@ -496,23 +496,6 @@ def test_episodes_come_back_in_the_order_of_their_tasks(tmp_path, monkeypatch, m
     assert hot != played and hot != play(agent, tasks, "dev", [], 1.0, 1)
 
 
-@pytest.mark.parametrize("reward", [1.5, -0.1, math.nan])
-def test_a_reward_that_is_none_stops_the_run_and_keeps_the_episode(tmp_path, model, reward):
-    agent = player(tmp_path / "x", model)
-    agent.env.start = lambda task: (Generous(), f"This is {task}.")
-
-    class Generous:
-        def step(self, text):
-            return "Thanks.", reward, True, {"valid": True}
-
-    task = agent.env.splits["dev"][0]
-    says = f"eval_0: dev: the environment gave task {task} the reward {reward}, which is not within"
-    with pytest.raises(InputError, match=says):
-        play(agent, [task], "eval_0: dev", [], 0.0, 0)
-    saved = json.loads((tmp_path / "x" / "failed_batch.json").read_text())
-    assert saved["task_id"] == task and len(saved["steps"]) == 1
-
-
 def test_ranks_share_the_tasks(tmp_path, monkeypatch, model):
     """The second of two ranks plays every second task."""
     agent = player(tmp_path / "x", model)

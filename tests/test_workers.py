@@ -105,6 +105,12 @@ def test_one_failure_is_replayed_to_the_same_answers_and_counted(pool, tmp_path,
     assert "train-2: failure 1 of 3" in capfd.readouterr().err
 
 
+def test_numbers_of_numpy_are_no_failure(pool):
+    episode, _ = pool(count=1).start("train-2")
+    [(_, reward, _, info)] = play(episode, ["numpy"])
+    assert (type(reward), reward, info["restarts"]) == (float, 0.25, 0)
+
+
 def test_a_hanging_worker_is_ended_after_the_timeout(pool, tmp_path):
     env = pool(count=1, timeout=30.0, once=str(tmp_path / "once"))
     episode, _ = env.start("train-2")
