@@ -764,10 +764,10 @@ def encode_experts(
         lengths += [end - start for start, end in encoded.spans]
     most = run.config.max_new_tokens
     if max(lengths) > most:
+        longer = sum(length > most for length in lengths)
         run.say(
-            f"{sum(length > most for length in lengths)} of {len(lengths)} expert actions are "
-            f"longer than --max-new-tokens {most}, up to {max(lengths)} tokens: the agent cannot "
-            "write them to the end"
+            f"{longer} of {len(lengths)} expert actions are longer than --max-new-tokens {most}: "
+            f"the longest has {max(lengths)}"
         )
     return demonstrations
 

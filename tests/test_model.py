@@ -42,6 +42,9 @@ class Options:
     out: str
     model: str = "tiny"
     init: str = ""
+    expert: str = ""
+    prompt_file: str = ""
+    match: str = ""
     method: str = "sft"
     env: str = "household"
     seed: int = 0

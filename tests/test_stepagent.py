@@ -289,7 +289,7 @@ def test_rewards_of_whole_episodes_want_tasks_of_the_environment(tmp_path, model
     trajectories = []
     for number in range(6):
         step = Step("A desk.", "Thought: x\nAction: look")
-        trajectories.append(Trajectory(f"somewhere else {number}", [], [step]))
+        trajectories.append(Trajectory(f"somewhere else {number}", [], [step], 1.0))
     envs.save_trajectories(str(tmp_path / "own.jsonl"), trajectories)
     words = ["--method", "stepagent-inverse", "--expert", str(tmp_path / "own.jsonl")]
     for reward in ("final", "both"):
@@ -303,7 +303,7 @@ def test_a_trajectory_longer_than_the_context_is_named(tmp_path):
     trajectories = []
     for name, observation in (("short-one", "A desk."), ("long-one", "w%d " * 3000)):
         step = Step(observation, "Thought: x\nAction: look")
-        trajectories.append(Trajectory(name, [], [step]))
+        trajectories.append(Trajectory(name, [], [step], 1.0))
     envs.save_trajectories(str(tmp_path / "long.jsonl"), trajectories)
     says = "trajectory long-one has [0-9]+ tokens, the model's context is 2048; remove it from"
     with pytest.raises(InputError, match=says):
@@ -386,7 +386,7 @@ def test_actions_that_the_agent_may_not_write_to_the_end_are_said(tmp_path, caps
         lengths += [end - start for start, end in one.encoded.spans]
     long = sum(length > 22 for length in lengths)
     assert 0 < long < len(lengths)
-    says = f"{long} of {len(lengths)} expert actions are longer than --max-new-tokens 22, up to "
+    says = f"{long} of {len(lengths)} expert actions are longer than --max-new-tokens 22: the longest has "
     assert says + str(max(lengths)) in capsys.readouterr().out
     opened(tmp_path / "y", *words, str(max(lengths)))
     assert "longer than" not in capsys.readouterr().out
@@ -506,6 +506,7 @@ def test_a_run_prints_one_short_line_a_phase(tmp_path, model, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line]
     firsts = [line.split(":")[0] for line in said]
     inspected = ["inspect 1", "discriminate 1", "reflect 1"]
+    assert "longer than --max-new-tokens 6" in firsts.pop(0)
     assert firsts == ["sft", "eval_0", *inspected, "eval_1", "final", "finished"]
     # The last one has two paths.
     assert all(len(line) <= 110 for line in said[:-1])
