@@ -123,6 +123,8 @@ def read_wording(path: str) -> Wording:
             # "go to [{r.name | receptacleatlocation(..)}]" -> "go to {r}"
             actions[name] = re.sub(r"\[?\{(\w+)\b.*?\}\]?", r"{\1}", template)
             feedback[name] = symbol.strip("#")
+        missing = [name for name in ACTIONS.split() if name not in actions]
+        need(not missing, path, f"its grammar lacks {', '.join(missing)}; {again}")
         for block in re.findall(r'grammar :: """(.*?)"""', grammar, re.DOTALL):
             rules |= json.loads(block)
         views = []
@@ -131,8 +133,6 @@ def read_wording(path: str) -> Wording:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"not a TextWorld game ({type(error).__name__}: {error})"
         raise InputError(f"{path}: {problem}; {again}") from None
-    missing = [name for name in ACTIONS.split() if name not in actions]
-    need(not missing, path, f"its grammar lacks {', '.join(missing)}; {again}")
     return Wording(actions, views)
 
 
@@ -144,6 +144,7 @@ class ALFWorldEpisode:
     def __init__(self, path: str, **told: bool):
         textworld = load_textworld()
         self.wording = read_wording(path)
+        self.put = self.wording.actions["PutObject"]
         self.reward = 0.0
         # The translator overwrites them.
         arguments = sys.argv
@@ -173,7 +174,7 @@ class ALFWorldEpisode:
         put = re.fullmatch("put (.+?) (?:in/on|in|on) (.+)", action)
         put = put or re.fullmatch("move (.+?) to (.+)", action)
         if put:
-            action = self.wording.actions["PutObject"].format(o=put[1], r=put[2])
+            action = self.put.format(o=put[1], r=put[2])
         action = re.sub("^toggle ", "use ", action)
         with LOCK:
             self.state, reward, done = self.game.step(action)
