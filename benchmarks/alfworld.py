@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from benchmarks.files import kind, load_json, need, objects_of, text_of
 from trajectory import InputError, Step, Trajectory, parse_action, render
@@ -32,12 +33,15 @@ TASK_TYPES = [
 # Treatments: where each is done, and the state that it leaves.
 STATION = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}
+TREATMENTS = ("CleanObject", "HeatObject", "CoolObject")
+# Of an object or a receptacle, as "mug 1".
+NAME = r"\w+ \d+"
 # The experts, and what TextWorld must tell them. Its planner is slow: it plans anew at each step.
 EXPERTS = {"rule": {"facts": True}, "planner": {"policy_commands": True}, "gt_traj": {}}
 # Actions in the order of the instruction. How a game words them is read from the game.
 ACTIONS = (
-    "OpenObject CloseObject PickupObject PutObject CleanObject HeatObject CoolObject ToggleObject "
-    "examineObject examineReceptacle look inventory"
+    "GotoLocation OpenObject CloseObject PickupObject PutObject CleanObject HeatObject CoolObject "
+    "ToggleObject examineObject examineReceptacle look inventory"
 )
 INSTRUCTION = """\
 You are in a room and solve a household task there. Objects and receptacles have a name and a \
@@ -49,6 +53,8 @@ the lamp. An action that is not possible gives: Nothing happens.
 Reply each time with:
 Thought: your reasoning
 Action: your action"""
+# What TextWorld says, whatever the game's wording, of an action that cannot be done.
+NOTHING = "Nothing happens."
 # TextWorld's parser and translator are global state.
 LOCK = threading.RLock()
 # Copies of the planner's library that no game uses. They stay loaded: unloading one while another
@@ -95,18 +101,39 @@ def entity_names(ids: list[str]) -> dict[str, str]:
     return names
 
 
-def action_forms(path: str) -> dict[str, str]:
-    """How a game words its actions: {"PutObject": "put {o} in/on {r}"}, newer "move {o} to {r}"."""
+@dataclass
+class Wording:
+    """How a game words things; its file carries the grammar that it speaks by."""
+
+    # {"PutObject": "put {o} in/on {r}"}, in newer games "move {o} to {r}".
+    actions: dict[str, str]
+    # The rules by which it tells what is at a place, as (condition, text).
+    views: list[tuple[str, str]]
+
+
+def read_wording(path: str) -> Wording:
+    """The wording of a game.tw-pddl. InputError: it is none, or lacks an action of ACTIONS."""
+    again = "run alfworld-download again"
     try:
         with open(path, encoding="utf-8") as file:
             grammar = json.load(file)["grammar"]
-        forms = dict(re.findall(r'action (\w+) \{\s*template :: "(.*?)"', grammar))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        header = r'action (\w+) \{\s*template :: "(.*?)";\s*feedback :: "(.*?)"'
+        actions, feedback, rules = {}, {}, {}
+        for name, template, symbol in re.findall(header, grammar, re.DOTALL):
+            # "go to [{r.name | receptacleatlocation(..)}]" -> "go to {r}"
+            actions[name] = re.sub(r"\[?\{(\w+)\b.*?\}\]?", r"{\1}", template)
+            feedback[name] = symbol.strip("#")
+        missing = [name for name in ACTIONS.split() if name not in actions]
+        need(not missing, path, f"its grammar lacks {', '.join(missing)}; {again}")
+        for block in re.findall(r'grammar :: """(.*?)"""', grammar, re.DOTALL):
+            rules |= json.loads(block)
+        views = []
+        for rule in rules[feedback["examineReceptacle"]]:
+            views.append((rule.get("condition", ""), rule["rhs"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"not a TextWorld game ({type(error).__name__}: {error})"
-        raise InputError(f"{path}: {problem}; run alfworld-download again") from None
-    missing = [name for name in ACTIONS.split() if name not in forms]
-    need(not missing, path, f"its grammar lacks {', '.join(missing)}; run alfworld-download again")
-    return forms
+        raise InputError(f"{path}: {problem}; {again}") from None
+    return Wording(actions, views)
 
 
 class ALFWorldEpisode:
@@ -116,7 +143,8 @@ class ALFWorldEpisode:
 
     def __init__(self, path: str, **told: bool):
         textworld = load_textworld()
-        self.put = action_forms(path)["PutObject"]
+        self.wording = read_wording(path)
+        self.put = self.wording.actions["PutObject"]
         self.reward = 0.0
         # The translator overwrites them.
         arguments = sys.argv
@@ -134,8 +162,8 @@ class ALFWorldEpisode:
                 raise InputError(f"{path}: {problem}") from None
             finally:
                 sys.argv = arguments
-        # Without TextWorld's banner.
-        self.first = self.state.feedback.partition("=-\n\n")[2].replace("\n\n", "\n")
+        # Without the banner, as in ETO.
+        self.first = "\n".join(self.state.feedback.split("\n\n")[1:])
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. An action that the game does not list changes nothing."""
@@ -151,10 +179,11 @@ class ALFWorldEpisode:
         with LOCK:
             self.state, reward, done = self.game.step(action)
         self.reward = float(reward)
+        # As in ETO. Newer games name the place instead, and are left as they are.
         observation = re.sub(r"^You arrive at loc \d+\. ", "", self.state.feedback)
         if done:
             self.close()
-        return observation, self.reward, done, {"valid": observation != "Nothing happens."}
+        return observation, self.reward, done, {"valid": observation != NOTHING}
 
     def close(self) -> None:
         """Gives the planner's library back. Safe to repeat."""
@@ -172,17 +201,22 @@ class RuleExpert:
 
     Where it looks is chosen for it: up to `misses` places without the thing, then one with it.
     parts: the task as ALFWorld.check returns it. inside: place -> the kinds of things there.
-    put: the game's form of putting.
     """
 
     def __init__(
-        self, parts: list[str], first: str, inside: dict, put: str, rng: random.Random, misses: int
+        self,
+        parts: list[str],
+        first: str,
+        inside: dict,
+        wording: Wording,
+        rng: random.Random,
+        misses: int,
     ):
         self.task, self.wanted, _, goal, _ = (part.lower() for part in parts)
         self.treatment = next((name for name in STATION if f"_{name}_" in self.task), None)
         self.lamp = goal if self.task == "look_at_obj_in_light" else None
-        self.put = put
-        self.places = re.findall(r"\ban? (\w+ \d+)", first.split("\n")[0])
+        self.wording = wording
+        self.places = re.findall(NAME, first.split("\n")[0])
         # Number 1 of a kind first.
         self.places.sort(key=lambda place: int(place.split()[1]))
         goals = [place for place in self.places if kind(place) == goal]
@@ -195,10 +229,11 @@ class RuleExpert:
             right.sort(key=counts.get, reverse=True)
             wrong = [place for place in self.places if place not in right and place != self.goal]
             self.routes[what] = rng.sample(wrong, min(rng.randint(0, misses), len(wrong))) + right
-        # What it has read: place -> objects, what is closed, and what happened last.
+        # Its last action: the name in the game's grammar, the object, the receptacle.
+        self.tried = ("look", None, None)
+        # What it has read: place -> objects, and what is closed.
         self.seen: dict[str, list[str]] = {}
         self.shut: set[str] = set()
-        self.event = ""
         self.place = self.hand = self.stored = None
         self.treated = False
 
@@ -209,31 +244,43 @@ class RuleExpert:
     def turn(self, observation: str) -> str:
         """The next ReAct turn after `observation`."""
         self.read(observation)
-        thought, action = self.decide()
-        if observation == "Nothing happens.":
+        if observation == NOTHING:
             # The place is where it stands: some share a spot.
-            thought, action = f"{self.place} is right here. I examine it.", f"examine {self.place}"
-        elif action.startswith("go to "):
-            self.place = action.removeprefix("go to ")
+            thought = f"{self.place} is right here. I examine it."
+            action = self.act("examineReceptacle", r=self.place)
+        else:
+            thought, action = self.decide()
         return f"Thought: {thought}\nAction: {action}"
 
+    def act(self, name: str, o: str | None = None, r: str | None = None) -> str:
+        """An action in the game's words. o: the object, r: the receptacle."""
+        self.tried = name, o, r
+        return self.wording.actions[name].format(o=o, r=r)
+
     def read(self, observation: str) -> None:
-        view = r"(?:^On the (\w+ \d+)|(?:^|\. )The (\w+ \d+) is open\. In it), you see (.*)\.$"
-        if match := re.search(view, observation):
-            self.event = "see"
-            self.seen[match[1] or match[2]] = re.findall(r"\ban? (\w+ \d+)", match[3])
-            self.shut.discard(match[2])
-        elif match := re.match(r"The (\w+ \d+) is closed", observation):
-            self.shut.add(match[1])
-        elif match := re.match(r"You pick up the (\w+ \d+)", observation):
-            self.event = "take"
-            self.hand = match[1]
-            self.seen[self.place].remove(self.hand)
-        elif match := re.match(r"You (?:put|move) the (\w+ \d+)", observation):
-            self.event = "put"
-            self.hand, self.stored = None, match[1]
-        elif observation.startswith(f"You {self.treatment} the "):
+        """What the last action did, and what is at the place, told by one of the game's views."""
+        name, thing, place = self.tried
+        if name == "GotoLocation":
+            self.place = place
+        if observation == NOTHING:
+            return
+        if name == "PickupObject":
+            self.hand = thing
+            self.seen[place].remove(thing)
+        elif name == "PutObject":
+            self.hand, self.stored = None, thing
+        elif name in TREATMENTS:
             self.treated = True
+        for condition, text in self.wording.views:
+            text = re.sub(r"\{r\..*?\}", self.place or "", text)
+            # "On the desk 1, you see [{o.name | ..}]." lists objects.
+            pattern = "(.*)".join(map(re.escape, re.split(r"\[\{.*?\}\]", text)))
+            match = re.search(pattern, observation) if self.place else None
+            if match and "openable" in condition and "opened" not in condition:
+                self.shut.add(self.place)
+            elif match:
+                self.shut.discard(self.place)
+                self.seen[self.place] = re.findall(NAME, " ".join(match.groups()))
 
     def decide(self) -> tuple[str, str]:
         """(thought, action)."""
@@ -244,15 +291,16 @@ class RuleExpert:
             station = next(place for place in self.places if kind(place) == STATION[treatment])
             if self.place != station:
                 thought = f"I have {hand}. I {treatment} it with {station}, so I go there."
-                return thought, f"go to {station}"
-            action = f"{treatment} {hand} with {station}"
+                return thought, self.act("GotoLocation", r=station)
+            action = self.act(f"{treatment.capitalize()}Object", o=hand, r=station)
             return f"I have {hand} at {station}. I {treatment} it.", action
         held = f"{STATE[treatment]} {hand}" if self.treated else hand
         if self.place != goal:
-            return f"I have {held}. It belongs at {goal}, so I go there.", f"go to {goal}"
+            thought = f"I have {held}. It belongs at {goal}, so I go there."
+            return thought, self.act("GotoLocation", r=goal)
         if goal in self.shut:
-            return f"{goal} is closed. I open it.", f"open {goal}"
-        return f"I have {held} at {goal}. I put it there.", self.put.format(o=hand, r=goal)
+            return f"{goal} is closed. I open it.", self.act("OpenObject", r=goal)
+        return f"I have {held} at {goal}. I put it there.", self.act("PutObject", o=hand, r=goal)
 
     def fetch(self, what: str) -> tuple[str, str]:
         """Goes to a thing of that kind and takes it, or uses it: the lamp, with a full hand."""
@@ -265,31 +313,35 @@ class RuleExpert:
                 before = f"{self.stored} is done. " if self.stored else ""
                 if self.hand:
                     before = f"I have {self.hand}. "
-                return f"{before}I saw {thing} at {place}, so I go there.", f"go to {place}"
+                thought = f"{before}I saw {thing} at {place}, so I go there."
+                return thought, self.act("GotoLocation", r=place)
             if self.hand:
-                return f"I have {self.hand} at {thing}. I use it.", f"use {thing}"
-            return f"I see {thing}. I take it.", f"take {thing} from {place}"
+                thought = f"I have {self.hand} at {thing}. I use it."
+                return thought, self.act("ToggleObject", o=thing)
+            return f"I see {thing}. I take it.", self.act("PickupObject", o=thing, r=place)
         return self.search(what)
 
     def search(self, what: str) -> tuple[str, str]:
         """Looks at the next place of the route."""
         if self.place in self.shut:
-            return f"{self.place} is closed. I open it.", f"open {self.place}"
+            return f"{self.place} is closed. I open it.", self.act("OpenObject", r=self.place)
         target = next((place for place in self.routes[what] if place not in self.seen), None)
         need(target is not None, "alfworld", f"the expert knows no place with a {what}")
+        done, _, _ = self.tried
+        action = self.act("GotoLocation", r=target)
         if not self.place:
             number, them = ("two", "them") if "two" in self.task else ("a", "it")
             treat = f", {self.treatment} it" if self.treatment else ""
             plan = f"a {self.wanted} and a {self.lamp}"
             if not self.lamp:
                 plan = f"{number} {self.wanted}{treat} and put {them} at a {kind(self.goal)}"
-            return f"I must find {plan}. I look at {target} first.", f"go to {target}"
+            return f"I must find {plan}. I look at {target} first.", action
         why = f"No {what} at {self.place}"
-        if self.event == "take":
+        if done == "PickupObject":
             why = f"I have {self.hand} but no {what}"
-        elif self.event == "put":
+        elif done == "PutObject":
             why = f"{self.stored} is done"
-        return f"{why}. I look at {target} next.", f"go to {target}"
+        return f"{why}. I look at {target} next.", action
 
 
 class ALFWorld:
@@ -328,10 +380,9 @@ class ALFWorld:
             "no games; get them: pip install alfworld==0.4.2 && ALFWORLD_DATA=FOLDER "
             "alfworld-download, then give data=FOLDER or set ALFWORLD_DATA",
         )
-        forms = action_forms(f"{self.root}/{games[0]}/game.tw-pddl")
-        actions = ", ".join(["go to {r}", *(forms[name] for name in ACTIONS.split())])
-        actions = actions.replace("{o}", "O").replace("{r}", "R")
-        self.instruction = INSTRUCTION.format(actions=actions)
+        wording = read_wording(f"{self.root}/{games[0]}/game.tw-pddl")
+        actions = [wording.actions[name].format(o="O", r="R") for name in ACTIONS.split()]
+        self.instruction = INSTRUCTION.format(actions=", ".join(actions))
 
     def games(self, folder: str) -> list[str]:
         """Task ids of the solvable games, as in the package without sliced and movable things."""
@@ -401,7 +452,7 @@ class ALFWorld:
                     thing, place = fact.arguments
                     inside.setdefault(place.name, []).append(kind(thing.name))
             parts, rng = self.check(task_id), random.Random(f"alfworld:{task_id}")
-            expert = RuleExpert(parts, episode.first, inside, episode.put, rng, self.misses)
+            expert = RuleExpert(parts, episode.first, inside, episode.wording, rng, self.misses)
             return expert.turn
         plan = episode.state.policy_commands or []
         path = f"{self.root}/{task_id}/gt_traj.json"

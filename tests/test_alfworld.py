@@ -14,12 +14,24 @@ import pytest
 from official import NEEDS_PACKAGES, real_files
 
 from benchmarks import alfworld
-from benchmarks.alfworld import TASK_TYPES, ALFWorld, RuleExpert, action_forms, entity_names
+from benchmarks.alfworld import (
+    ACTIONS,
+    NOTHING,
+    TASK_TYPES,
+    ALFWorld,
+    RuleExpert,
+    entity_names,
+    read_wording,
+)
 from benchmarks.files import kind
 from envs import Lenient, make_env
 from trajectory import InputError, Trajectory, render
 
-FORMS = {
+# Three wordings of one game: of the older downloads, of today's, and one that we made up.
+LIST = "[{o.indefinite + ' ' + o.name | inreceptacle(o:object, r:receptacle)}]"
+GO_TO = "[{r.name | receptacleatlocation(r:receptacle, lend:location)}]"
+OLDER = {
+    "GotoLocation": f"go to {GO_TO}",
     "OpenObject": "open {r}",
     "CloseObject": "close {r}",
     "PickupObject": "take {o} from {r}",
@@ -32,6 +44,34 @@ FORMS = {
     "examineReceptacle": "examine {r}",
     "look": "look",
     "inventory": "inventory",
+    "arrived": "You arrive at {lend.name}. #view#",
+    "opened": "You open the {r.name}. #view#",
+    "taken": "You pick up the {o.name} from the {r.name}.",
+    "stored": "You put the {o.name} in/on the {r.name}.",
+    "inside": f"The {{r.name}} is open. In it, you see {LIST}.",
+    "shut": "The {r.name} is closed.",
+    "on": f"On the {{r.name}}, you see {LIST}.",
+}
+TODAY = OLDER | {
+    "PutObject": "move {o} to {r}",
+    "arrived": "You arrive at {r.name}. #view#",
+    "stored": "You move the {o.name} to the {r.name}.",
+}
+OURS = TODAY | {
+    "GotoLocation": f"walk over to {GO_TO}",
+    "OpenObject": "pull {r} open",
+    "PickupObject": "grab {o} off {r}",
+    "PutObject": "leave {o} at {r}",
+    "CleanObject": "wash {o} under {r}",
+    "ToggleObject": "flick {o}",
+    "examineReceptacle": "inspect {r}",
+    "arrived": "Here is {r.name or r.id}! #view#",
+    "opened": "It creaks. #view#",
+    "taken": "Got it.",
+    "stored": "Gone.",
+    "inside": f"{{r.name}} stands open, with {LIST}.",
+    "shut": "The door of {r.name or r.id} does not give.",
+    "on": f"{{r.name}} carries {LIST}.",
 }
 TASKS = {
     "pick_and_place_simple-Mug-None-Shelf-1": "put a mug in shelf",
@@ -65,8 +105,7 @@ class Game:
         # It tells no more than it was asked to.
         self.asked = vars(infos)
         self.task = TASKS[Path(path).parent.parent.name]
-        grammar = json.loads(Path(path).read_text())["grammar"]
-        self.forms = dict(re.findall(r'action (\w+) \{\s*template :: "(.*?)"', grammar))
+        self.words = json.loads(Path(path).read_text())["words"]
         things = [*HOUSE, *sum(HOUSE.values(), [])]
         self._entity_infos = {key: SimpleNamespace(id=key, name=key) for key in [*things, "agent1"]}
         self.downward_lib = SimpleNamespace(cleanup=lambda: freed.append("library"))
@@ -80,7 +119,9 @@ class Game:
                 arguments = [SimpleNamespace(name=name[thing]), SimpleNamespace(name=name[place])]
                 facts.append(SimpleNamespace(name="inreceptacle", arguments=arguments))
         self.place, self.hand, self.states, self.open = None, None, set(), set()
-        told = {"facts": facts, "policy_commands": ["go to shelf 1", "take pen 1 from shelf 1"]}
+        put = self.words["PutObject"].format(o="pen 1", r="shelf 1")
+        plan = ["go to shelf 1", "take pen 1 from shelf 1", put]
+        told = {"facts": facts, "policy_commands": plan}
         told = {what: value if self.asked.get(what) else None for what, value in told.items()}
         text = (
             "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking "
@@ -89,12 +130,15 @@ class Game:
         )
         return SimpleNamespace(**told, feedback=text)
 
-    def view(self, place):
-        if self.is_shut(place):
-            return f"The {place} is closed."
-        where = f"The {place} is open. In it" if place in self.open else f"On the {place}"
-        inside = ", and ".join(f"a {thing}" for thing in self.rooms[place])
-        return f"{where}, you see {inside or 'nothing'}."
+    def say(self, text, place=None, thing=None):
+        """A text of the grammar, filled in."""
+        if "#view#" in text:
+            view = "shut" if self.is_shut(place) else "inside" if place in self.open else "on"
+            text = text.replace("#view#", self.words[view])
+        listed = ", and ".join(f"a {thing}" for thing in self.rooms.get(place, [])) or "nothing"
+        text = text.replace(LIST, listed).replace("{lend.name}", "loc 12")
+        text = re.sub(r"\{r\..*?\}", str(place), text)
+        return text.replace("{o.name}", str(thing))
 
     def is_shut(self, place):
         return place.startswith(CLOSED) and place not in self.open
@@ -118,41 +162,39 @@ class Game:
 
     def act(self, action):
         """What the game says, or None if it cannot be done."""
-        for name, form in self.forms.items():
-            pattern = re.escape(form).replace(r"\{o\}", r"(?P<o>\w+ \d+)")
+        for name in ACTIONS.split():
+            pattern = re.escape(self.words[name].replace(GO_TO, "{r}"))
+            pattern = pattern.replace(r"\{o\}", r"(?P<o>\w+ \d+)")
             match = re.fullmatch(pattern.replace(r"\{r\}", r"(?P<r>\w+ \d+)"), action)
             if match:
                 found = match.groupdict()
                 text = self.do(name, found.get("o"), found.get("r"))
                 if text:
                     return text
-        if action.startswith("go to "):
-            return self.go(action.removeprefix("go to "))
         return None
-
-    def go(self, place):
-        share_a_spot = bool(self.place) and kind(self.place) == kind(place) == "cabinet"
-        if place not in self.rooms or share_a_spot:
-            return None
-        self.place = place
-        return f"You arrive at loc 12. {self.view(place)}"
 
     def do(self, name, thing, place):
         if name == "look":
             return "You look."
         if name == "inventory":
             return "You have."
+        if name == "GotoLocation":
+            share_a_spot = bool(self.place) and kind(self.place) == kind(place) == "cabinet"
+            if place not in self.rooms or share_a_spot:
+                return None
+            self.place = place
+            return self.say(self.words["arrived"], place)
         if name == "ToggleObject" and thing == "desklamp 1" and thing in self.here():
             self.states.add("lit")
             return "You turn on the desklamp 1."
         if name == "examineReceptacle" and self.place and kind(place) == kind(self.place):
             self.place = place
-            return self.view(place)
+            return self.say("#view#", place)
         if place != self.place:
             return None
         if name == "OpenObject":
             self.open.add(place)
-            return f"You open the {place}. {self.view(place)}"
+            return self.say(self.words["opened"], place)
         return self.handle(name, thing, place)
 
     def here(self):
@@ -163,13 +205,13 @@ class Game:
         if name == "PickupObject" and thing in self.here() and not self.hand and not shut:
             self.here().remove(thing)
             self.hand = thing
-            return f"You pick up the {thing} from the {place}."
+            return self.say(self.words["taken"], place, thing)
         if thing != self.hand:
             return None
         if name == "PutObject" and not shut:
             self.here().append(thing)
             self.hand = None
-            return f"You {self.forms[name].split()[0]} the {thing} in/on the {place}."
+            return self.say(self.words["stored"], place, thing)
         treatment = name.removesuffix("Object").lower()
         if STATIONS.get(treatment) == place:
             self.states.add((treatment, thing))
@@ -177,13 +219,22 @@ class Game:
         return None
 
 
-def write_game(folder, forms=FORMS, solvable=True):
-    grammar = ""
-    for name, form in forms.items():
-        grammar += f'action {name} {{\n    template :: "{form}";\n}}\n'
+def write_game(folder, words=OLDER, solvable=True):
+    """A game file with a grammar of its own; the stub reads the words themselves."""
+    views = [
+        {"condition": "openable(r:receptacle) & opened(r:receptacle)", "rhs": words["inside"]},
+        {"condition": "openable(r:receptacle)", "rhs": words["shut"]},
+        {"rhs": words["on"]},
+    ]
+    rules = {"go": [{"rhs": words["arrived"]}], "view": views}
+    grammar = f'grammar :: """{json.dumps(rules)}""";\n'
+    for name in ACTIONS.split():
+        feedback = "view" if name == "examineReceptacle" else name
+        header = f'    template :: "{words[name]}";\n    feedback :: "#{feedback}#";\n'
+        grammar += f"action {name} {{\n{header}}}\n"
     game = {"pddl_domain": "", "grammar": grammar, "pddl_problem": "", "solvable": solvable}
     folder.mkdir(parents=True)
-    (folder / "game.tw-pddl").write_text(json.dumps(game))
+    (folder / "game.tw-pddl").write_text(json.dumps(game | {"words": words}))
 
 
 @pytest.fixture
@@ -201,24 +252,33 @@ def freed(monkeypatch):
     gc.collect()
 
 
-@pytest.fixture(params=["put {o} in/on {r}", "move {o} to {r}"])
-def world(request, tmp_path, freed):
+def write_games(folder, words):
     for task in TASKS:
         for split in "train", "valid_seen":
-            folder = tmp_path / "json_2.1.1" / split / task / "trial_1"
-            write_game(folder, FORMS | {"PutObject": request.param})
-    return ALFWorld(str(tmp_path))
+            write_game(folder / "json_2.1.1" / split / task / "trial_1", words)
+    return ALFWorld(str(folder))
+
+
+@pytest.fixture(params=[OLDER, TODAY], ids=["older", "today"])
+def world(request, tmp_path, freed):
+    return write_games(tmp_path, request.param)
+
+
+@pytest.fixture(params=[OLDER, TODAY, OURS], ids=["older", "today", "ours"])
+def worded(request, tmp_path, freed):
+    """Where nothing may depend on the wording."""
+    return write_games(tmp_path, request.param)
 
 
 # ---------------------------------------------------------------------------- the experts
 
 
-def test_the_expert_solves_all_six_types_by_actions_that_the_game_knows(world):
-    assert {world.task_type(task) for task in world.splits["train"]} == set(TASK_TYPES)
-    for task in world.splits["train"] + world.splits["dev"]:
-        shown = world.expert(task)
+def test_the_expert_solves_all_six_types_by_actions_that_the_game_knows(worded):
+    assert {worded.task_type(task) for task in worded.splits["train"]} == set(TASK_TYPES)
+    for task in worded.splits["train"] + worded.splits["dev"]:
+        shown = worded.expert(task)
         assert shown.reward == 1.0 and not shown.truncated and shown.prompt == [], task
-        episode, observation = world.start(task)
+        episode, observation = worded.start(task)
         for i, step in enumerate(shown.steps):
             assert step.observation == observation
             observation, _, done, info = episode.step(step.action)
@@ -226,20 +286,47 @@ def test_the_expert_solves_all_six_types_by_actions_that_the_game_knows(world):
             assert done == (i == len(shown.steps) - 1)
 
 
-def test_a_thought_names_only_what_was_read_before(world):
-    for task in world.splits["train"]:
+def test_turns_and_thoughts_are_the_same_in_every_wording(tmp_path, freed):
+    """Also the empty looks are as many: only places that share a spot with the last one."""
+    plays = []
+    for name, words in {"older": OLDER, "today": TODAY, "ours": OURS}.items():
+        world = write_games(tmp_path / name, words)
+        shown = [world.expert(task).steps for task in world.splits["train"]]
+        plays.append([[step.action.split("\nAction: ")[0] for step in steps] for steps in shown])
+        empty = [step for steps in shown for step in steps if step.observation == NOTHING]
+        assert all(" is right here" in step.action for step in empty)
+    assert plays[0] == plays[1] == plays[2]
+
+
+def test_no_thought_denies_what_was_just_read(worded):
+    for task in worded.splits["train"]:
+        episode, observation = worded.start(task)
+        for step in worded.expert(task).steps:
+            house = episode.game
+            thought = step.action.split("\nAction: ")[0]
+            denied = re.search(r"No (\w+) at (\w+ \d+)", thought)
+            assert not denied or denied[1] not in map(kind, house.rooms[denied[2]]), step
+            shut = re.search(r"(\w+ \d+) is closed", thought)
+            assert not shut or house.is_shut(shut[1]), step
+            episode.step(step.action)
+
+
+def test_a_thought_names_only_what_was_read_before(worded):
+    for task in worded.splits["train"]:
         read = ""
-        for step in world.expert(task).steps:
+        for step in worded.expert(task).steps:
             read += step.observation
             thought = step.action.split("\nAction: ")[0]
             assert all(name in read for name in re.findall(r"[a-z]+ \d+", thought)), step
 
 
-def test_a_place_at_the_same_spot_is_examined():
+def test_a_place_at_the_same_spot_is_examined(tmp_path):
     inside = {"cabinet 1": ["mug"], "cabinet 2": []}
     parts = ["pick_and_place_simple", "Mug", "None", "Shelf", "1"]
     first = "you see a cabinet 2, a cabinet 1, a shelf 1.\nYour task"
-    expert = RuleExpert(parts, first, inside, "put {o} in/on {r}", random.Random(0), 0)
+    write_game(tmp_path / "game")
+    wording = read_wording(str(tmp_path / "game/game.tw-pddl"))
+    expert = RuleExpert(parts, first, inside, wording, random.Random(0), 0)
     expert.routes["mug"] = ["cabinet 2", "cabinet 1"]
     said_and_done = {
         "a first look": "go to cabinet 2",
@@ -254,11 +341,11 @@ def test_a_place_at_the_same_spot_is_examined():
         assert expert.turn(observation).split("Action: ")[1] == action
 
 
-def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, world):
+def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, worded):
     straight = ALFWorld(str(tmp_path), misses=0)
-    tasks = world.splits["train"] + world.splits["dev"]
+    tasks = worded.splits["train"] + worded.splits["dev"]
     shortest = [len(straight.expert(task).steps) for task in tasks]
-    turns = [len(world.expert(task).steps) for task in tasks]
+    turns = [len(worded.expert(task).steps) for task in tasks]
     assert all(few <= many for few, many in zip(shortest, turns))
     assert sum(shortest) < sum(turns)
     assert "No mug" not in render(straight.expert(PUT_TASK))
@@ -266,10 +353,12 @@ def test_misses_lengthen_the_search_and_none_is_the_straight_way(tmp_path, world
 
 def test_another_expert_follows_the_planner(tmp_path, world):
     shown = ALFWorld(str(tmp_path), shown="planner").expert(PUT_TASK)
+    put = world.start(PUT_TASK)[0].wording.actions["PutObject"].format(o="pen 1", r="shelf 1")
+    plan = ["go to shelf 1", "take pen 1 from shelf 1", put]
     assert [step.action for step in shown.steps] == [
-        "Thought: I go to shelf 1.\nAction: go to shelf 1",
-        "Thought: I take pen 1 from shelf 1.\nAction: take pen 1 from shelf 1",
+        f"Thought: I {action}.\nAction: {action}" for action in plan
     ]
+    assert shown.steps[-1].observation.startswith("You pick up the pen 1")
     assert (shown.reward, shown.truncated) == (0.0, True)
 
 
@@ -304,17 +393,21 @@ def test_another_expert_follows_the_file_beside_the_game(tmp_path, world):
 
 
 def test_the_instruction_words_putting_as_the_games_do(world):
-    forms = action_forms(f"{world.root}/{world.splits['dev'][0]}/game.tw-pddl")
-    form = forms["PutObject"].format(o="O", r="R")
+    episode, _ = world.start(world.splits["dev"][0])
+    form = episode.game.words["PutObject"].format(o="O", r="R")
     assert f", {form}, " in world.instruction
+    assert "Your actions: go to R, open R, " in world.instruction
     assert world.instruction.count(" in/on R") + world.instruction.count("move O") == 1
 
 
 def test_the_banner_and_locations_are_dropped_and_the_task_comes_last(world):
+    """As in ETO: a place that a game names on arrival stays."""
     episode, first = world.start(world.splits["dev"][0])
     assert first.startswith("You are in the middle of a room.")
     assert first.split("\n")[-1].startswith("Your task is to: ")
-    assert episode.step("Action: go to shelf 1")[0] == "On the shelf 1, you see a pen 1."
+    arrived = "You arrive at shelf 1. " if "r.name" in episode.game.words["arrived"] else ""
+    seen = "On the shelf 1, you see a pen 1."
+    assert episode.step("Action: go to shelf 1")[0] == arrived + seen
 
 
 # Of both releases of the games.
@@ -324,7 +417,7 @@ def test_the_wordings_of_putting_are_understood(world, wording):
     for action in "go to shelf 1", "take pen 1 from shelf 1":
         assert episode.step(f"Action: {action}")[3]["valid"]
     observation, *_ = episode.step(f"Action: {wording}")
-    assert re.fullmatch(r"You (put|move) the pen 1 in/on the shelf 1\.", observation)
+    assert re.fullmatch(r"You (put|move) the pen 1 (in/on|to) the shelf 1\.", observation)
 
 
 @pytest.mark.parametrize(
@@ -480,6 +573,30 @@ def test_the_other_experts_solve_real_games(real, shown):
     assert with_file
     for task in with_file[:: max(1, len(with_file) // 4)][:4]:
         assert other.expert(task).reward == 1.0, task
+
+
+def test_today_s_wording_of_real_games_is_played_as_well(real, tmp_path):
+    """Of a game with an opened place; today's downloads differ in arrival and putting."""
+    task = next(task for task in real.splits["train"] if "_heat_" in task)
+    text = Path(real.root, task, "game.tw-pddl").read_text()
+    text = text.replace("You arrive at {lend.name}.", "You arrive at {r.name}.")
+    text = text.replace("put {o} in/on {r}", "move {o} to {r}")
+    text = text.replace("You put the {o.name} in/on the {r.name}.", "You move the {o.name} to it.")
+    folder = tmp_path / "json_2.1.1" / task
+    folder.mkdir(parents=True)
+    (folder / "game.tw-pddl").write_text(text)
+
+    thoughts = []
+    for shown in real.expert(task), ALFWorld(str(tmp_path)).expert(task):
+        assert shown.reward == 1
+        thoughts.append([step.action.split("\nAction: ")[0] for step in shown.steps])
+    assert thoughts[0] == thoughts[1]
+    assert "move" in shown.steps[-1].action
+    assert shown.steps[1].observation.startswith("You arrive at ")
+
+    planned = ALFWorld(str(tmp_path), shown="planner").expert(task)
+    assert planned.reward == 1
+    assert all(step.observation != NOTHING for step in planned.steps)
 
 
 def test_what_is_remembered_changes_no_text(real):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from official import NEEDS_PACKAGES, real_files
 
-from benchmarks.scienceworld import MAX_STEPS, ScienceWorld, read_eto_lists
-from envs import Lenient, make_env
+from benchmarks.scienceworld import MAX_STEPS, ScienceWorld, read_eto_lists, shorten
+from envs import Lenient, load_trajectories, make_env
 from trajectory import InputError, Trajectory
 
 simulator = pytest.mark.skipif(
@@ -99,12 +99,85 @@ def test_the_real_lists_and_step_limits_are_eto_s(tmp_path):
     assert set(lists["train"]) == set(MAX_STEPS)
 
 
+def test_a_shortened_path_looks_first_and_leaves_out_what_does_nothing():
+    gold = ["look around", "open door to hall", "go to hall", "open door to den", "go to den"]
+    gold += ["open box", "pick up pea", "close door to hall", "open door to hall", "go to hall"]
+    gold += ["pour pea into pea", "focus on baby baby pea"]
+    look = ["look around", "teleport to den", "look around"]
+    end = ["teleport to hall", "look around", "focus on baby pea"]
+    assert shorten(gold, all_open=True) == [*look, "pick up pea", *end]
+    shut = ["open box", "pick up pea", "close door to hall"]
+    assert shorten(gold, all_open=False) == [*look, *shut, *end]
+
+
 # ---------------------------------------------------------------------------- the simulator
 
 
 @pytest.fixture(scope="module")
 def world():
     return ScienceWorld("lifespan-longest-lived,find-plant,power-component", variations=2)
+
+
+@simulator
+def test_containers_are_open_as_in_eto(world):
+    """Where they are shut, the pot in the cupboard is "No known action matches that input."."""
+    assert "All containers are open already." in world.instruction
+    episode, _ = world.start("measure-melting-point-known-substance/204")
+    actions = ["teleport to kitchen", "look around", "pick up thermometer"]
+    actions += ["focus on thermometer in inventory", "focus on lead", "move lead to metal pot"]
+    for action in actions:
+        observation, _, _, info = episode.step(f"Action: {action}")
+        assert info == {"valid": True}
+    assert observation == "You move the lead to the metal pot."
+    episode.close()
+
+    shut = ScienceWorld("find-plant", 1, simplification="teleportAction,openDoors")
+    assert "open already" not in shut.instruction
+    episode, _ = shut.start("measure-melting-point-known-substance/204")
+    replies = [episode.step(f"Action: {action}")[0] for action in actions]
+    assert replies[-1] == "No known action matches that input."
+    episode.close()
+
+
+@simulator
+def test_the_first_state_is_the_task_alone_and_the_first_action_a_look(tmp_path, world):
+    """In the world, from its expert, and in a file of ETO's: one and the same state."""
+    task = "find-plant/0"
+    episode, first = world.start(task)
+    assert first.startswith("Your task is to find a(n) plant.")
+    assert "\n" not in first
+    seen = episode.step("Action: look around")[0]
+    assert seen.startswith("This room is called the ")
+    episode.close()
+
+    turns = [
+        "Rules.",
+        "OK",
+        first,
+        "Thought: Where am I?\nAction: look around",
+        f"Observation: {seen}",
+    ]
+    turns += ["Thought: On.\nAction: teleport to kitchen"]
+    conversations = [
+        {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)
+    ]
+    path = tmp_path / "eto.json"
+    path.write_text(json.dumps([{"id": task, "conversations": conversations}]))
+    for shown in world.expert(task), load_trajectories(str(path))[0]:
+        assert shown.steps[0].observation == first
+        assert shown.steps[0].action.endswith("\nAction: look around")
+        assert shown.steps[1].observation == seen
+
+
+@simulator
+@pytest.mark.parametrize("task", ["freeze/14", "grow-fruit/0"])
+def test_the_expert_solves_what_the_package_s_gold_path_does_not(world, task):
+    """Open containers: the first carries off the ice cream, the other waits for bees in vain."""
+    expert = world.expert(task)
+    assert expert.reward == 1
+    assert len(expert.steps) <= world.max_steps(task)
+    valid = [not step.observation.startswith("No known action") for step in expert.steps]
+    assert all(valid)
 
 
 @simulator
