@@ -44,6 +44,8 @@ class Question:
     pages: dict[str, str]
     # What the expert does: (title of a page, what it wants to know, what it reads there).
     hops: list[tuple[str, str, str]]
+    # 2Wiki: the answer's entity in Wikidata.
+    answer_id: str | None = None
 
 
 # ---------------------------------------------------------------------------- the three formats
@@ -87,7 +89,23 @@ def read_2wiki(row: dict, where: str) -> Question:
         wanted = f"I want to know the {relation} of {title}."
         hops.append((title, wanted, f"The {relation} of {title} is {thing}."))
     question, answer, kind = [text_of(row, key, where) for key in ("question", "answer", "type")]
-    return Question(question, [answer], kind, pages, hops)
+    answer_id = row.get("answer_id")
+    known = isinstance(answer_id, str | None)
+    need(known, where, f"'answer_id' is not text but {type(answer_id).__name__}")
+    return Question(question, [answer], kind, pages, hops, answer_id)
+
+
+def read_aliases(path: str, wanted: set[str]) -> dict[str, list[str]]:
+    """2Wiki's names of the entities that answers are: {id: aliases and demonyms}."""
+    aliases = {}
+    for row_name, row in json_lines(read_contents(path, "download it again"), path):
+        where = f"{path}, {row_name}"
+        need(isinstance(row, dict), where, "is not a JSON object; download it again")
+        if text_of(row, "Q_id", where) in wanted:
+            others = [row.get("aliases"), row.get("demonyms")]
+            need(all(map(is_texts, others)), where, "'aliases' or 'demonyms' is not a list of text")
+            aliases[row["Q_id"]] = others[0] + others[1]
+    return aliases
 
 
 def read_musique(row: dict, where: str) -> Question:
@@ -185,7 +203,7 @@ BENCHMARKS = {
     ),
     "2wikimultihopqa": Benchmark(
         read_2wiki,
-        "github.com/Alab-NII/2wikimultihop",
+        "github.com/Alab-NII/2wikimultihop; beside them, if wanted, id_aliases.json",
         train=("train.json", "train*.json"),
         dev=("dev.json", "dev*.json"),
         paper={"train": 167454, "dev": 12576, "test": 12576, "turns": 8.2},
@@ -386,6 +404,9 @@ class QA:
         self.pages: dict[str, str] = {}
         for split in rows:
             self._read(rows[split])
+        path = os.path.join(folder, "id_aliases.json")
+        if name == "2wikimultihopqa" and os.path.exists(path):
+            self._accept_aliases(path)
         self.titles = Titles(list(self.pages))
 
     def _split(self, rows: dict[str, dict], train_from_dev: int) -> dict[str, list[str]]:
@@ -419,6 +440,13 @@ class QA:
                 problem = f"the id {task_id!r} is also in the other file; keep it in one"
                 need(task_id not in self.questions, where, problem)
                 self.questions[task_id] = question
+
+    def _accept_aliases(self, path: str) -> None:
+        """As in 2Wiki's evaluation since v1.1."""
+        wanted = {question.answer_id for question in self.questions.values()}
+        aliases = read_aliases(path, wanted)
+        for question in self.questions.values():
+            question.answers += map(clean, aliases.get(question.answer_id, []))
 
     @functools.cached_property
     def example(self) -> str:

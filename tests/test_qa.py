@@ -243,6 +243,46 @@ def test_reward_is_exact_match_with_f1_beside_it(worlds):
     assert finish(env, "h1", "No") == (1, True, 1)
 
 
+def with_aliases(folder, aliases: str):
+    """The second question of the dev file has an answer of Wikidata's, the third has not."""
+    (folder / "id_aliases.json").write_text(aliases, encoding="utf-8")
+
+    def identify(rows):
+        rows[1]["answer_id"], rows[2]["answer_id"] = "Q7", None
+        return rows
+
+    return open_world(folder, "2wikimultihopqa", change=identify)
+
+
+def test_aliases_of_the_answer_count_for_2wiki_where_their_file_lies_beside(tmp_path, worlds):
+    """As since version 1.1 of its evaluation: aliases and demonyms of answer_id."""
+    rows = [
+        {"Q_id": "Q7", "aliases": ["May Day, 1950", "1/5"], "demonyms": ["Mayer"]},
+        {"Q_id": "Q8", "aliases": ["Rome"], "demonyms": []},
+    ]
+    world = with_aliases(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    for answer, right in (("1 May 1950", 1), ("may day 1950", 1), ("The Mayer", 1), ("Rome", 0)):
+        assert finish(world, "w11", answer)[0] == right, answer
+    assert finish(world, "w11", "May Day")[2] == pytest.approx(0.8)
+    assert finish(world, "w12", "May Day, 1950")[0] == 0
+    assert world.expert("w11").steps[-1].action.endswith("Finish[1 May 1950]")
+    assert finish(worlds["2wikimultihopqa"], "w11", "may day 1950")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[]", "line 1: is not a JSON object"),
+        ('{"Q_id": "Q7", "aliases": "x", "demonyms": []}', "line 1: 'aliases' or 'demonyms' is"),
+        ('{"Q_id": "Q7", "aliases": []}', "line 1: 'aliases' or 'demonyms' is not"),
+        ('\n{"aliases": []}', "line 2: 'Q_id' is missing"),
+    ],
+)
+def test_a_broken_file_of_aliases_is_named(tmp_path, text, says):
+    with pytest.raises(InputError, match=f"id_aliases.json, {says}"):
+        with_aliases(tmp_path, text)
+
+
 def test_aliases_count_for_musique(worlds):
     env = worlds["musique"]
     for answer, right in (("Zoë 3", 1), ("mayor 3", 1), ("Z 3", 1), ("Zoe 3", 0), ("Mayor 4", 0)):
