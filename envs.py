@@ -15,10 +15,13 @@ An environment is a class with these attributes and methods, without a base clas
 and, where they make sense:
     env.slow              True if a step takes about as long as the model's: worker processes play
                           it, while the model goes on
+    env.task_of(expert)   -> the task of a trajectory from an expert file, which may name it in its
+                          own way; None if the world has no such task
     env.right(experts)    -> those of an expert file that are right by the benchmark's measure
     env.paper             its sizes in the paper's Table 1, for --stats
     episode.close()       frees what the episode holds
-make_env("household") makes one by its name, make_env("path/to/file.py:Class") yours.
+make_env("household") makes one by its name, make_env("path/to/file.py:Class") yours. A world
+understands the actions that its original understands; with lenient=1 also nearly right ones.
 Bad input (an unknown name or task, a broken file) raises InputError, one line with the remedy.
 
     python envs.py household --play
@@ -48,7 +51,15 @@ from benchmarks.files import (
     text_of,
 )
 from benchmarks.workers import Workers, load_class
-from trajectory import InputError, Step, Trajectory, parse_action, render, stable_seed
+from trajectory import (
+    InputError,
+    Step,
+    Trajectory,
+    lenient_action,
+    parse_action,
+    render,
+    stable_seed,
+)
 
 # A module is imported only when its environment is asked for. Its FILES says what it needs.
 ENVIRONMENTS = {
@@ -100,16 +111,16 @@ def known_options(name: str) -> dict[str, Any]:
     return {key: value.default for key, value in parameters.items() if key not in arguments}
 
 
-def make_env(name: str, workers: int | None = None, **options) -> Any:
+def make_env(name: str, workers: int | None = None, lenient: int = 0, **options) -> Any:
     """The environment of that name, or of that path/to/file.py:Class.
 
     options go to its constructor. workers: the processes that play it, 0 for this process. A slow
     environment gets one for each core of this rank, but at most 8: as many as run_episodes steps
-    at once.
+    at once. lenient: 1 to read actions by lenient_action.
     """
     where = f"environment {name!r}"
     source, arguments = find(name)
-    known = [*known_options(name), "workers"]
+    known = [*known_options(name), "workers", "lenient"]
     for option in options:
         need(option in known, where, f"no option {option!r}; it has: {', '.join(known)}")
     make = load_class(source)
@@ -118,13 +129,32 @@ def make_env(name: str, workers: int | None = None, **options) -> Any:
         workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
     is_count = isinstance(workers, int) and 0 <= workers <= 256
     need(is_count, where, f"workers must be a number from 0 to 256, not {workers!r}")
+    need(lenient in (0, 1), where, f"lenient must be 0 or 1, not {lenient!r}")
     arguments |= options
     env = Workers(source, arguments, workers) if workers else make(**arguments)
     if name not in ENVIRONMENTS:
         world = env.env if workers else env
         missing = [part for part in PROTOCOL if not hasattr(world, part)]
         need(not missing, where, f"lacks {', '.join(missing)}; see the top of envs.py")
-    return env
+    return Lenient(env) if lenient else env
+
+
+class Lenient:
+    """An environment or an episode that is asked for what lenient_action reads."""
+
+    def __init__(self, strict: Any):
+        self.strict = strict
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.strict, name)
+
+    def start(self, task_id: str) -> tuple[Lenient, str]:
+        episode, observation = self.strict.start(task_id)
+        return Lenient(episode), observation
+
+    def step(self, text: str) -> tuple[str, float, bool, dict]:
+        action = lenient_action(text)
+        return self.strict.step(f"Action: {action}" if action else text)
 
 
 def env_options(text: str) -> dict[str, Any]:
@@ -387,7 +417,10 @@ class Parser(argparse.ArgumentParser):
                 # The question benchmarks share a module.
                 files = files[name]
             lines.append(textwrap.fill(f"  {name}: {files}", 100, subsequent_indent="      "))
-        lines += ["", "options of each (its class says what they mean):"]
+        lines += [
+            "",
+            "options of all: workers=N, lenient=1 (see make_env); of each (see its class):",
+        ]
         for name in ENVIRONMENTS:
             options = [f"{key}={default}" for key, default in known_options(name).items()]
             lines.append(f"  {name}: {', '.join(options)}")

@@ -94,23 +94,37 @@ def stable_seed(*parts) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-# "Action:" in any case and emphasis, with or without a number ("**Action 1:**"), then the action.
-ACTION = re.compile(
+# What follows the first "Action:", to the end of the turn.
+ACTION = re.compile(r"Action:\s?(.+)", re.DOTALL)
+# "Action:" in any case and emphasis, with or without a number ("**Action 1:**"); then one line.
+LOOSE_ACTION = re.compile(
     r"(?:(?im:^[ \t]*[*_#]*[ \t]*action)|Action|ACTION)[ \t]*\d*[ \t*_]*:[*_]*\s*([^\n]+)"
 )
 
 
 def parse_action(text: str) -> str | None:
-    """The action in a ReAct turn, or None: what follows the first "Action:" to the end of its line.
+    """The action in a ReAct turn, or None: all that follows the first "Action:", unchanged.
 
-    If that line is empty, the next one counts. Backticks or stars around the action and a final
-    period do not matter.
+    This is how ETO reads a turn. A world understands what its original understands.
     """
-    match = ACTION.search(text)
+    match = ACTION.search(text.strip())
+    return match[1] if match else None
+
+
+def lenient_action(text: str) -> str | None:
+    """The action as a lenient reader takes it, for worlds with lenient=1.
+
+    Only its line counts, or the next one if that is empty. Emphasis, backticks and a final period
+    around it, quotes around the text in its brackets and double spaces go. What stands before the
+    brackets, or all of it without brackets, becomes lower case.
+    """
+    match = LOOSE_ACTION.search(text)
     if not match:
         return None
-    action = " ".join(match[1].replace("`", " ").split())
-    return action.strip("* ").removesuffix(".").rstrip() or None
+    action = " ".join(match[1].split()).lstrip("`* ").rstrip("`* .")
+    verb, bracket, rest = action.partition("[")
+    rest = re.sub(r"^([\"'])(.*)\1\]$", r"\2]", rest)
+    return verb.lower() + bracket + rest or None
 
 
 # ---------------------------------------------------------------------------- from text to tokens

@@ -141,13 +141,13 @@ class ALFWorldEpisode:
         """Plays one turn. An action that the game does not list changes nothing."""
         if self.game is None:
             return "The task is over.", self.reward, True, {"valid": False}
-        action = (parse_action(text) or "").lower()
-        # Whatever the game's wording: put O in, on or in/on R, move O to R; use O and toggle O.
-        put = re.fullmatch("put (.+?) (?:in/on|in|on) (.+)", action)
-        put = put or re.fullmatch("move (.+?) to (.+)", action)
+        # As TextWorld does.
+        action = (parse_action(text) or "").strip()
+        # Games of another release word it so, and expert files come from them.
+        put = re.fullmatch("put (.+) in/on (.+)", action)
+        put = put or re.fullmatch("move (.+) to (.+)", action)
         if put:
             action = self.put.format(o=put[1], r=put[2])
-        action = re.sub("^toggle ", "use ", action)
         with LOCK:
             self.state, reward, done = self.game.step(action)
         self.reward = float(reward)
@@ -366,6 +366,11 @@ class ALFWorld:
         known = len(parts) == 5 and parts[0] in TASK_TYPES
         need(known, "alfworld", f"{problem} {self.root}, such as {games[0]}")
         return parts
+
+    def task_of(self, expert: Trajectory) -> str | None:
+        """ETO names a game by its file, as in "data/json_2.1.1/train/<folder>/<trial>"."""
+        game = expert.task_id.split("json_2.1.1/")[-1].removesuffix("/game.tw-pddl")
+        return game if any(game in games for games in self.splits.values()) else None
 
     def start(self, task_id: str, **told: bool) -> tuple[ALFWorldEpisode, str]:
         self.check(task_id)

@@ -158,7 +158,7 @@ class HouseholdEpisode:
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. What is not understood or not possible changes nothing."""
         action = parse_action(text)
-        observation = self.act(action.lower()) if action and not self.reward else None
+        observation = self.act(action) if action and not self.reward else None
         if observation and self.solved():
             self.reward = 1.0
         info = {"valid": observation is not None}
@@ -167,10 +167,10 @@ class HouseholdEpisode:
     def act(self, action: str) -> str | None:
         """Carries one action out. Returns what the agent sees, or None if it cannot be done."""
         here, hand, visible = self.place, self.hand, self.visible()
-        if action in ("look", f"examine {here}"):
+        if action in ("look", here and f"examine {here}"):
             return self.view()
-        # A numbered name such as "mug 1" counts as one word.
-        match re.findall(r"[a-z]+ [0-9]+(?= |$)|\S+", action):
+        # A numbered name such as "mug 1" counts as one word. Between words is one space.
+        match re.split(r" (?![0-9]+(?: |$))", action):
             case ["go", "to", place] if place in self.contents and place != here:
                 self.place = place
                 return self.view()

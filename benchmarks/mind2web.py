@@ -35,6 +35,9 @@ VOID_TAGS = "area base br col embed hr img input link meta source track wbr"
 class PageElements(html.parser.HTMLParser):
     """found: the wanted elements of a cleaned page, {node id: (tag, attributes, words within)}."""
 
+    def set_cdata_mode(self, *_, **__) -> None:
+        """No element's content is raw text: newer Pythons would skip what stands in an iframe."""
+
     def __init__(self, page: str, wanted: set[str]):
         super().__init__()
         self.wanted = wanted
@@ -89,14 +92,12 @@ def describe(tag: str, attributes: dict[str, str], words: list[str]) -> tuple[st
 
 
 def web_action(text: str) -> tuple[str, int, str] | None:
-    """(operation, element number, value) of a turn; None where it has no such action."""
-    pattern = r"(?i)(click|type|select)\s*\[?\s*(\d{1,9})\s*\]?\s*:?\s*(.*)"
-    match = re.match(pattern, parse_action(text) or "")
-    if not match:
-        return None
-    operation = match[1].upper()
-    value = re.sub(r"^([\"'\[])(.*)[\"'\]]$", r"\2", match[3]).strip()
-    return operation, int(match[2]), "" if operation == "CLICK" else value
+    """(operation, element number, the first line of a value) of a turn, or None.
+
+    As officially, a click with a value has another operation than one without.
+    """
+    match = re.match(r"(click|type|select) \[(\d{1,9})\](.*)", parse_action(text) or "")
+    return (match[1].upper(), int(match[2]), match[3].strip()) if match else None
 
 
 def operation_f1(predicted: str, wanted: str) -> float:
@@ -179,8 +180,8 @@ class Mind2Web:
 
     data: the folder of the official files.
     candidates: how many elements a page shows, in the page's order: the best by the official ranks
-    (scores_all_data.pkl); on a train page, the annotated element is always among them. Without the
-    ranks, the annotated element and random others, which is easier.
+    (scores_all_data.pkl), of which MindAct takes 50; on a train page, the annotated element is
+    always among them. Without the ranks, the annotated element and random others, which is easier.
     dev: how many train tasks are held out, by the order of sha1(id). The paper has no dev split.
     Train steps without a right element are left out, as officially; in test they count as wrong.
     """
@@ -296,7 +297,9 @@ class Mind2Web:
         operation = action["operation"]["op"]
         gold = f"{operation.lower()} [{right[0] if right else 0}]"
         if operation != "CLICK":
-            gold = f"{gold} {one_line(action['operation'].get('value') or '')}".strip()
+            # As officially, only the first line counts.
+            value = (action["operation"].get("value") or "").split("\n")[0]
+            gold = f"{gold} {one_line(value)}".strip()
         return RecordedPage("\n".join(lines), names, right, gold)
 
     def candidates(self, task_id: str, action: dict) -> dict[str, str]:

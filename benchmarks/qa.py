@@ -248,21 +248,9 @@ def answer_f1(answer: str, gold: str, squad: bool = False) -> float:
 
 
 def parse_call(action: str | None) -> tuple[str, str] | None:
-    """("search" | "finish", its argument), or None.
-
-    The argument may hold brackets. What follows the closing bracket is ignored; it may be missing.
-    """
-    match = re.match(r"(search|finish)\s*\[(.*)", action or "", re.IGNORECASE)
-    if not match:
-        return None
-    argument = match[2].strip()
-    depth = 1
-    for i, character in enumerate(argument):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth == 0:
-            argument = argument[:i].strip()
-            break
-    return (match[1].lower(), argument) if argument else None
+    """("search" | "finish", its argument), or None; as ReAct reads it: the last bracket closes."""
+    match = re.fullmatch(r"\s*([Ss]earch|[Ff]inish)\[(.*)\]", action or "")
+    return (match[1].lower(), match[2].strip()) if match else None
 
 
 def exact_key(title: str) -> str:
@@ -480,22 +468,31 @@ class QA:
         """Exact match with the answer or an alias."""
         return normalize_answer(answer) in map(normalize_answer, question.answers)
 
+    @functools.cached_property
+    def asked(self) -> dict[str, str]:
+        """{question: task id}"""
+        return {question.text: task_id for task_id, question in self.questions.items()}
+
+    def task_of(self, expert: Trajectory) -> str | None:
+        """FireAct names a question by its text."""
+        if expert.task_id in self.questions:
+            return expert.task_id
+        return self.asked.get(clean(expert.task_id))
+
     def right(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Those whose answer is an exact match, as in the paper, with their task ids.
 
         If the files do not have the question, the trajectory's reward decides.
         """
-        task_ids = {question.text: task_id for task_id, question in self.questions.items()}
         kept = []
         for trajectory in trajectories:
-            task_id, reward = trajectory.task_id, trajectory.reward
-            if task_id not in self.questions:
-                task_id = task_ids.get(clean(task_id), task_id)
-            if task_id in self.questions:
+            task_id, reward = self.task_of(trajectory), trajectory.reward
+            if task_id:
                 verb, answer = parse_call(parse_action(trajectory.steps[-1].action)) or ("", "")
                 matches = self.matches(self.questions[task_id], answer)
                 reward = float(verb == "finish" and matches)
             if reward >= 1:
+                task_id = task_id or trajectory.task_id
                 kept.append(replace(trajectory, task_id=task_id, reward=reward))
         return kept
 

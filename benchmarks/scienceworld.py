@@ -176,6 +176,9 @@ class ScienceWorld:
         simulator = self.borrow()
         known = simulator.get_task_names()
         self.sizes = {name: simulator.get_max_variations(name) for name in known}
+        # ETO numbers the tasks by topic (the package's "3-2" is of topic 3), then by name.
+        topics = {name: int(number.split("-")[0]) for number, name in simulator.tasks.items()}
+        self.numbered = sorted(known, key=lambda name: (topics[name], name))
         names = tasks.split(",") if isinstance(tasks, str) else tasks or known
         names = [name.strip() for name in names]
         refuse_unknown(names + [name for part in lists.values() for name in part], known)
@@ -213,6 +216,17 @@ class ScienceWorld:
         tasks = f"boil/0 .. boil/{self.sizes['boil'] - 1} and so on"
         need(exists, "scienceworld", f"there is no task {task_id!r}; tasks are {tasks}")
         return name, int(variation)
+
+    def task_of(self, expert: Trajectory) -> str | None:
+        """ETO's "9_412" is variation 412 of its task number 9."""
+        task_id = expert.task_id
+        number, _, variation = task_id.partition("_")
+        if number.isdecimal() and int(number) < len(self.numbered):
+            task_id = f"{self.numbered[int(number)]}/{variation}"
+        with contextlib.suppress(InputError):
+            self.check(task_id)
+            return task_id
+        return None
 
     def borrow(self):
         """A simulator for one episode alone: chance, object ids and simplifications are global."""

@@ -211,23 +211,14 @@ def detail_page(page: Page) -> tuple[list[str], dict[str, Page]]:
     return ["< Prev", *shown], {"< Prev": replace(page, name="product")}
 
 
-def plain(button: str) -> str:
-    """The form in which clicks are compared with buttons."""
-    return " ".join(button.replace("`", " ").lower().split())
-
-
 def parse_shop_action(text: str) -> tuple[str, str]:
-    """("search" | "click", the text in brackets) of a turn; ("", "") if it has no such action."""
-    match = re.match(r"(?i)(search|click)\s*\[(.*)", parse_action(text) or "")
-    if not match:
-        return "", ""
-    # The text may hold brackets and be in quotes, and the closing bracket may be missing.
-    value = re.sub(r"\][^\]]*$", "", match[2]).strip()
-    return match[1].lower(), re.sub(r"^([\"'])(.*)\1$", r"\2", value)
+    """(verb, argument in lower case) of a turn, as WebShop reads it: brackets do not nest."""
+    match = re.match(r"(.+)\[(.+)\]", parse_action(text) or "")
+    return (match[1], match[2].lower()) if match else ("", "")
 
 
 class WebShopEpisode:
-    """One shopping trip, on the pages of WebShop's text mode. buttons: {plain text: Page}."""
+    """One shopping trip, on the pages of WebShop's text mode. buttons: {lower-case text: Page}."""
 
     def __init__(self, shop: WebShop, goal: ShoppingGoal):
         self.shop = shop
@@ -259,17 +250,17 @@ class WebShopEpisode:
         self.observation = " [SEP] ".join(header + parts)
         # If an option has the text of another button, the option wins.
         for button, target in {"Back to Search": Page("search"), **buttons}.items():
-            self.buttons[plain(button)] = target
+            self.buttons[button.lower()] = target
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. Search works on every page, as in WebShop."""
         verb, value = parse_shop_action(text)
         valid = True
-        if verb == "search" and value and not self.done:
+        if verb == "search" and not self.done:
             self.found = self.shop.find(value)
             self.open(Page("results"))
-        elif verb == "click" and plain(value) in self.buttons:
-            self.open(self.buttons[plain(value)])
+        elif verb == "click" and value in self.buttons:
+            self.open(self.buttons[value])
         else:
             valid = False
         return self.observation, self.reward, self.done, {"valid": valid}
@@ -408,6 +399,18 @@ class WebShop:
         need(task_id in self.goals, "webshop", f"there is no task {task_id!r}; tasks are {known}")
         return self.goals[task_id]
 
+    def task_of(self, expert: Trajectory) -> str | None:
+        """ETO names a goal by its number, AgentGym as in webshop_6; the text must be that goal's.
+
+        The small and the full set have other goals under the same numbers.
+        """
+        task_id = expert.task_id.removeprefix("webshop_")
+        if task_id not in self.goals:
+            return None
+        wanted = self.goals[task_id].text.split(", and price lower than")[0]
+        said = expert.steps[0].observation
+        return task_id if " ".join(wanted.split()) in " ".join(said.split()) else None
+
     def start(self, task_id: str) -> tuple[WebShopEpisode, str]:
         episode = WebShopEpisode(self, self.goal(task_id))
         return episode, episode.observation
@@ -429,12 +432,12 @@ class WebShop:
 
         words = goal.text.split(", and price lower than")[0]
         act("I search with the words of the instruction.", f"search[{words}]")
-        while plain(asin) not in episode.buttons and "next >" in episode.buttons:
+        while asin.lower() not in episode.buttons and "next >" in episode.buttons:
             act("Nothing on this page fits well, so I look at the next one.", "click[Next >]")
         options = choose_options(product.options, goal.options)
         # What is left: to open the product, to choose each option, to buy.
         steps = len(trajectory.steps) + 1 + len(options) + 1
-        if plain(asin) not in episode.buttons or steps > self.max_steps(task_id):
+        if asin.lower() not in episode.buttons or steps > self.max_steps(task_id):
             return None
         bound = ""
         if goal.price_upper < 1e6:

@@ -16,8 +16,8 @@ from official import NEEDS_PACKAGES, real_files
 from benchmarks import alfworld
 from benchmarks.alfworld import TASK_TYPES, ALFWorld, RuleExpert, action_forms, entity_names
 from benchmarks.files import kind
-from envs import make_env
-from trajectory import InputError, render
+from envs import Lenient, make_env
+from trajectory import InputError, Trajectory, render
 
 FORMS = {
     "OpenObject": "open {r}",
@@ -310,12 +310,6 @@ def test_the_instruction_words_putting_as_the_games_do(world):
     assert world.instruction.count(" in/on R") + world.instruction.count("move O") == 1
 
 
-def test_toggling_is_using(world):
-    episode, _ = world.start(LAMP_TASK)
-    for action in "go to desk 1", "toggle desklamp 1":
-        assert episode.step(f"Action: {action}")[3]["valid"]
-
-
 def test_the_banner_and_locations_are_dropped_and_the_task_comes_last(world):
     episode, first = world.start(world.splits["dev"][0])
     assert first.startswith("You are in the middle of a room.")
@@ -323,22 +317,42 @@ def test_the_banner_and_locations_are_dropped_and_the_task_comes_last(world):
     assert episode.step("Action: go to shelf 1")[0] == "On the shelf 1, you see a pen 1."
 
 
-WORDINGS = [
-    "put pen 1 in shelf 1",
-    "put pen 1 on shelf 1",
-    "put pen 1 in/on shelf 1",
-    "move pen 1 to shelf 1",
-    "Put pen 1 in/on Shelf 1.",
-]
-
-
-@pytest.mark.parametrize("wording", WORDINGS)
-def test_every_wording_of_putting_is_understood(world, wording):
+# Of both releases of the games.
+@pytest.mark.parametrize("wording", ["put pen 1 in/on shelf 1", "move pen 1 to shelf 1"])
+def test_the_wordings_of_putting_are_understood(world, wording):
     episode, _ = world.start(world.splits["dev"][0])
     for action in "go to shelf 1", "take pen 1 from shelf 1":
         assert episode.step(f"Action: {action}")[3]["valid"]
     observation, *_ = episode.step(f"Action: {wording}")
     assert re.fullmatch(r"You (put|move) the pen 1 in/on the shelf 1\.", observation)
+
+
+@pytest.mark.parametrize(
+    "action, lenient",
+    [
+        ("Go to desk 1", True),
+        ("go to desk 1.", True),
+        ("`go to desk 1`", True),
+        ("go  to desk 1", True),
+        ("go to desk 1\nObservation: On the desk 1, you see nothing.", True),
+        ("toggle desklamp 1", False),
+        ("put pen 1 on shelf 1", False),
+    ],
+)
+def test_nothing_happens_where_the_original_understands_nothing(world, action, lenient):
+    for env, understood in ((world, False), (Lenient(world), lenient)):
+        episode, _ = env.start(LAMP_TASK)
+        observation, _, _, info = episode.step(f"Action: {action}")
+        assert info["valid"] == understood == (observation != "Nothing happens.")
+        # Around an action, space does not matter.
+        assert episode.step("Thought: so.\nAction:  go to shelf 1 \n")[3]["valid"]
+
+
+def test_eto_names_a_game_by_its_file(world):
+    for name in (PUT_TASK, f"data/json_2.1.1/{PUT_TASK}", f"/x/json_2.1.1/{PUT_TASK}/game.tw-pddl"):
+        assert world.task_of(Trajectory(name)) == PUT_TASK
+    for name in ("alfworld_0", "data/json_2.1.1/train/nowhere/trial_1"):
+        assert world.task_of(Trajectory(name)) is None
 
 
 @pytest.mark.parametrize(

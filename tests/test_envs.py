@@ -22,7 +22,7 @@ from envs import (
     save_trajectories,
     source_file,
 )
-from trajectory import InputError, Step, Trajectory
+from trajectory import InputError, Step, Trajectory, lenient_action
 
 ROOT = Path(envs.__file__).parent
 
@@ -205,7 +205,7 @@ def test_missing_parts_are_found_with_workers_too(garden):
 
 
 def test_an_option_that_the_file_lacks_is_refused(garden):
-    with pytest.raises(InputError, match="no option 'rooms'; it has: plants, workers"):
+    with pytest.raises(InputError, match="no option 'rooms'; it has: plants, workers, lenient"):
         make_env(f"{garden}:Garden", rooms=1)
 
 
@@ -263,38 +263,62 @@ def test_the_prompt_announces_an_example_only_where_there_is_one():
     assert prompt_messages(world)[0]["content"] == "Rules.\n\nHere is an example.\nShown."
 
 
-@pytest.mark.parametrize(
-    "text, action",
-    [
-        ("Thought: I look.\nAction: go to desk 1", "go to desk 1"),
-        ("Action: look", "look"),
-        ("action : look", "look"),
-        ("ACTION:look", "look"),
-        ("Action 1: look", "look"),
-        ("**Action:** look", "look"),
-        ("*Action*: look", "look"),
-        ("### Action 2: look", "look"),
-        ("__Action:__ look", "look"),
-        ("Thought 1: x.\n**Action 1:** `look`", "look"),
-        ("Reaction 1: joy", None),
-        ("Action: `open door`", "open door"),
-        ("Action: **look**", "look"),
-        ("Action: look.", "look"),
-        ("Action:   go   to  desk 1  ", "go to desk 1"),
-        ("Action:\nlook", "look"),
-        ("Action: a\nObservation: b\nAction: c", "a"),
-        ("Thought: x. Action: look", "look"),
-        ("", None),
-        ("Action:", None),
-        ("Action: \n", None),
-        ("I look around", None),
-        ("Action: .", None),
-        ("my reaction: joy", None),
-        ("Thought: the action: is clear", None),
-    ],
-)
-def test_parse_action(text, action):
-    assert parse_action(text) == action
+# What the originals read, then what a lenient reader does.
+READINGS = [
+    ("Thought: I look.\nAction: go to desk 1", "go to desk 1", "go to desk 1"),
+    ("Action: look", "look", "look"),
+    ("Action:look", "look", "look"),
+    ("Action:\nlook", "look", "look"),
+    ("Action: look \n", "look", "look"),
+    ("Thought: x. Action: look", "look", "look"),
+    ("Action: Go to Desk 1", "Go to Desk 1", "go to desk 1"),
+    ("Action: look.", "look.", "look"),
+    ("Action: `open door`.", "`open door`.", "open door"),
+    ("Action: **look**", "**look**", "look"),
+    ("Action:   go   to  desk 1  ", "  go   to  desk 1", "go to desk 1"),
+    ("Action: a\nObservation: b\nAction: c", "a\nObservation: b\nAction: c", "a"),
+    ("Action: Search[The Hen].", "Search[The Hen].", "search[The Hen]"),
+    ("Action: Finish[Ba`ath Party]", "Finish[Ba`ath Party]", "finish[Ba`ath Party]"),
+    ('Action: click["Next >"]', 'click["Next >"]', "click[Next >]"),
+    ('Action: click[18" x 18"]', 'click[18" x 18"]', 'click[18" x 18"]'),
+    ("Action: .", ".", None),
+    ("action : look", None, "look"),
+    ("ACTION:look", None, "look"),
+    ("Action 1: look", None, "look"),
+    ("### Action 2: look", None, "look"),
+    ("Thought 1: x.\n**Action 1:** `look`", None, "look"),
+    ("**Action:** look", "** look", "look"),
+    ("Reaction 1: joy", None, None),
+    ("my reaction: joy", None, None),
+    ("Thought: the action: is clear", None, None),
+    ("", None, None),
+    ("Action:", None, None),
+    ("Action: \n", None, None),
+    ("I look around", None, None),
+]
+
+
+@pytest.mark.parametrize("text, action, loosely", READINGS)
+def test_an_action_is_read_as_it_stands_or_leniently(text, action, loosely):
+    assert (parse_action(text), lenient_action(text)) == (action, loosely)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("lenient", [0, 1])
+def test_a_world_is_lenient_only_if_asked(garden, workers, lenient):
+    world = make_env(f"{garden}:Garden", workers=workers, lenient=lenient)
+    for form in ("Sow", "sow.", "`sow`", "sow\nObservation: 9 plants."):
+        episode, _ = world.start("bed-0")
+        assert episode.step(f"Action: {form}")[3]["valid"] == bool(lenient)
+        assert episode.step("Action: sow")[3]["valid"]
+        assert not episode.step("I sow.")[3]["valid"]
+    assert world.splits["dev"] == ["bed-2"] and world.expert("bed-1").reward == 1
+
+
+@pytest.mark.parametrize("lenient", [2, "yes", -1])
+def test_a_bad_leniency_is_refused(lenient):
+    with pytest.raises(InputError, match="lenient must be 0 or 1"):
+        make_env("household", lenient=lenient)
 
 
 # ---------------------------------------------------------------------------- expert files

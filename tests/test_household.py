@@ -235,6 +235,13 @@ INVALID = [
     "Action: go to fridge 1 now",
     "Action: examine mug 99",
     "Action: examine None",
+    "Action: examine none",
+    "Action: Look",
+    "Action: look.",
+    "Action: `look`",
+    "Action: go  to countertop 1",
+    "Action: go to  countertop 1",
+    "Action: look\nObservation: On desk 1: mug 1.",
 ]
 
 

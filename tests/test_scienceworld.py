@@ -10,8 +10,8 @@ import pytest
 from official import NEEDS_PACKAGES, real_files
 
 from benchmarks.scienceworld import MAX_STEPS, ScienceWorld, read_eto_lists
-from envs import make_env
-from trajectory import InputError
+from envs import Lenient, make_env
+from trajectory import InputError, Trajectory
 
 simulator = pytest.mark.skipif(
     importlib.util.find_spec("scienceworld") is None or not shutil.which("java"),
@@ -112,6 +112,51 @@ def test_splits_are_the_package_s_and_disjoint(world):
     sizes = {part: len(ids) for part, ids in world.splits.items()}
     assert sizes == {"train": 6, "dev": 6, "test": 6}
     assert len(set(sum(world.splits.values(), []))) == 18
+
+
+@simulator
+def test_eto_names_a_task_by_its_number_and_variation(world):
+    """taskname2id.json of ETO has these numbers; 5 is the task that it leaves out."""
+    for name, task in (
+        ("0_3", "boil/3"),
+        ("5_1", "measure-melting-point-unknown-substance/1"),
+        ("9_412", "test-conductivity/412"),
+        ("22_0", "lifespan-shortest-lived/0"),
+        ("29_7", "mendelian-genetics-unknown-plant/7"),
+        ("boil/3", "boil/3"),
+    ):
+        assert world.task_of(Trajectory(name)) == task
+    for name in ("30_0", "9_99999", "9_x", "9", "_1", "sciworld_9", "boil"):
+        assert world.task_of(Trajectory(name)) is None
+
+
+@simulator
+def test_eto_s_own_numbers_are_these(world):
+    numbers = json.loads((real_files("scienceworld") / "taskname2id.json").read_text())
+    for old_name, number in numbers.items():
+        name, _, _ = world.task_of(Trajectory(f"{number}_0")).partition("/")
+        words = old_name.replace("mendellian", "mendelian").replace("(", "").replace(")", "")
+        assert words.endswith(name) and words.removesuffix(name).startswith("task-")
+    assert len(numbers) == 29
+
+
+@simulator
+@pytest.mark.parametrize(
+    "action, strict, lenient",
+    [
+        ("look around", True, True),
+        ("Look  Around", True, True),
+        ("look around.", False, True),
+        ("`look around`", False, True),
+        ("look around\nObservation: a room", False, True),
+        ("sing", False, False),
+    ],
+)
+def test_the_simulator_reads_the_action_as_it_stands(world, action, strict, lenient):
+    for env, valid in ((world, strict), (Lenient(world), lenient)):
+        episode, _ = env.start("find-plant/0")
+        assert episode.step(f"Action: {action}")[3]["valid"] == valid
+        episode.close()
 
 
 @simulator

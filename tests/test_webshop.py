@@ -11,8 +11,8 @@ from official import NEEDS_PACKAGES, asin, human, real_files, shop_row, write_we
 
 from benchmarks.files import stream_json
 from benchmarks.webshop import Product, ShoppingGoal, webshop_reward
-from envs import make_env
-from trajectory import InputError
+from envs import Lenient, make_env
+from trajectory import InputError, Step, Trajectory
 
 pytest.importorskip("bm25s", reason=NEEDS_PACKAGES)
 pytest.importorskip("rapidfuzz", reason=NEEDS_PACKAGES)
@@ -311,46 +311,69 @@ def test_options_are_forgotten_where_one_leaves_the_product(shop):
 
 
 @pytest.mark.parametrize(
-    "action, valid",
+    "action, strict, lenient",
     [
-        ("Search [ model1 ]", True),
-        ("SEARCH[model1", True),
-        ('search["model1"]', True),
-        ("search[model1] now", True),
-        ("search[zzz]", True),
-        ("search[]", False),
-        ("search[ ]", False),
-        ("search model1", False),
-        ("click[Buy Now]", False),
-        ("click[]", False),
-        ("click[model1]", False),
+        ("search[model1]", True, True),
+        ("search[model1] now", True, True),
+        ("search[model1].", True, True),
+        ("search[Model1]", True, True),
+        ("search[zzz]", True, True),
+        ("Search[model1]", False, True),
+        ("**search[model1]**", False, True),
+        ("`search[model1]`", False, True),
+        ("  search[model1]", False, True),
+        ("I search[model1]", False, False),
+        ("search[model1", False, False),
+        ("search[]", False, False),
+        ("search model1", False, False),
+        ("click[Buy Now]", False, False),
+        ("click[model1]", False, False),
     ],
 )
-def test_actions_are_read_with_tolerance(shop, action, valid):
-    episode, first = shop.start("0")
-    [(page, _, done, info)] = play(episode, action)
-    assert info == {"valid": valid}
-    assert not done
-    assert (page != first) == valid
-    if valid and "zzz" not in action:
-        assert "Total results: 1)" in page
-    assert episode.step("I do not know what to do")[0] == page
+def test_a_search_is_read_as_webshop_reads_it(shop, action, strict, lenient):
+    for world, valid in ((shop, strict), (Lenient(shop), lenient)):
+        episode, first = world.start("0")
+        [(page, _, done, info)] = play(episode, action)
+        assert info == {"valid": valid} and not done and (page != first) == valid
+        if valid and "zzz" not in action:
+            assert "Total results: 1)" in page
+        assert episode.step("I do not know what to do")[0] == page
 
 
 @pytest.mark.parametrize(
-    "click",
+    "click, strict, lenient",
     [
-        'click[18" x 18"]',
-        'click["18" x 18""]',
-        "click[[2 pack]  `big`]",
-        "click[[2 Pack] big]",
+        ("click[Back to Search]", True, True),
+        ("click[back TO search]", True, True),
+        ('click[18" x 18"]', True, True),
+        ("click[red `mat`]", True, True),
+        ('click["Back to Search"]', False, True),
+        ("click[Back  to Search]", False, True),
+        ("Click[Back to Search]", False, True),
+        ("click[ Back to Search ]", False, False),
+        ('click[18" x 18]', False, False),
     ],
 )
-def test_quotes_within_an_option_stay(tmp_path, click):
-    size = {"Size": [{"value": '18" x 18"'}, {"value": "[2 pack] `big`"}]}
+def test_a_click_must_name_what_the_page_offers(tmp_path, click, strict, lenient):
+    size = {"Size": [{"value": '18" x 18"'}, {"value": "red `mat`"}]}
     shop = open_shop(tmp_path, [shop_row(i, customization_options=size) for i in range(3)])
-    episode, _ = shop.start("0")
-    assert play(episode, "search[model1]", "click[B000000001]", click)[-1][3] == {"valid": True}
+    for world, valid in ((shop, strict), (Lenient(shop), lenient)):
+        episode, _ = world.start("0")
+        [*_, last] = play(episode, "search[model1]", "click[B000000001]", click)
+        assert last[3] == {"valid": valid}
+
+
+def test_rows_of_expert_files_name_goals_by_number_if_the_text_is_the_goal_s(shop):
+    number = task_of(shop, 1)
+    _, first = shop.start(number)
+    # Prices are drawn anew in each process of the original.
+    first = first.replace("price lower than", "price lower than 9") + " "
+    assert "price lower than 9" in first
+    for name in (number, f"webshop_{number}"):
+        assert shop.task_of(Trajectory(name, [], [Step(first, "Action: search[x]")])) == number
+    other = "WebShop [SEP] Instruction: [SEP] i need a lamp [SEP] Search"
+    for name, said in ((number, other), ("99999", first), ("webshop_x", first)):
+        assert shop.task_of(Trajectory(name, [], [Step(said, "Action: search[x]")])) is None
 
 
 def test_an_option_wins_over_a_button_of_the_same_text(tmp_path):
