@@ -38,6 +38,7 @@ import re
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,55 +184,83 @@ def some(tasks: list[str], most: int) -> list[str]:
 
 def prompt_messages(env: Any) -> list[dict[str, str]]:
     """The opening of every conversation, in ETO's shape: the instruction, then the agent's "OK"."""
-    text = env.instruction
-    if env.example:
-        text += f"\n\nHere is an example.\n{env.example}"
+    text = env.instruction + example_text(env)
     return [{"role": "user", "content": text}, {"role": "assistant", "content": "OK"}]
+
+
+def example_text(env: Any) -> str:
+    return f"\n\nHere is an example.\n{env.example}" if env.example else ""
+
+
+def with_example(prompt: list[dict[str, str]], env: Any) -> list[dict[str, str]]:
+    """An expert file's prompt with the environment's example after its instruction.
+
+    A prompt that shows turns after the "OK", or speaks of an example, stands as it is.
+    """
+    talk = [message for message in prompt if message["role"] != "system"]
+    if len(talk) != 2 or "example" in talk[0]["content"].lower():
+        return prompt
+    instruction = talk[0] | {"content": talk[0]["content"] + example_text(env)}
+    return [*prompt[:-2], instruction, talk[1]]
 
 
 # ---------------------------------------------------------------------------- expert files
 
 
 def load_trajectories(path: str) -> list[Trajectory]:
-    """Reads a file of expert trajectories: ETO's, FireAct's or save_trajectories' (three readers).
+    """Reads a file of expert trajectories: a JSON list, or one object a line.
 
-    A task may occur once. ETO's WebShop file repeats some: the first is kept, the other named on
-    stderr. Plays of FireAct's without the right answer are left out. InputError names the file and
-    the row (its line or index).
+    A row is a chat (ETO's, AgentGym's), FireAct's, or save_trajectories'. Of several plays of a
+    task the first is kept, the others are named on stderr. So is the number of FireAct's plays that
+    are left out: without the right answer, or with a turn that does not act. InputError names the
+    file and the row (its line or index).
     """
-    trajectories, first_rows = [], {}
-    rows, read = read_rows(path)
-    for row_name, row in rows:
+    trajectories, first_rows, wrong = [], {}, 0
+    for row_name, row in read_rows(path):
         where = f"{path}, {row_name}"
         need(isinstance(row, dict), where, "is not a JSON object; expected one trajectory")
+        read = reader_of(row)
         trajectory = read(row, where)
-        check_actions(trajectory, where)
-        task_id = trajectory.task_id
-        if task_id in first_rows:
-            repeats = f"repeats the id {task_id!r} of {first_rows[task_id]}"
-            need(read is read_eto, where, f"{repeats}; keep one trajectory for each task")
-            print(f"{where}: {repeats}; left out", file=sys.stderr)
+        if read is read_fireact and trajectory.reward < 1:
+            wrong += 1
             continue
-        first_rows[task_id] = row_name
-        if read is not read_fireact or trajectory.reward == 1:
-            trajectories.append(trajectory)
+        check_actions(trajectory, where)
+        first = first_rows.setdefault(trajectory.task_id, row_name)
+        if first != row_name:
+            again = f"repeats the id {trajectory.task_id!r} of {first}; left out"
+            print(f"{where}: {again}", file=sys.stderr)
+            continue
+        trajectories.append(trajectory)
+    if wrong:
+        print(f"{path}: {wrong} plays that fail or do not act are left out", file=sys.stderr)
     problem = "no play in it ends with the right answer; give a file of successful ones"
     need(bool(trajectories), path, problem)
     return trajectories
 
 
-def read_rows(path: str) -> tuple[list[tuple[str, Any]], Any]:
-    """([(name of a row, row)], the function that reads one)."""
+def read_rows(path: str) -> list[tuple[str, Any]]:
+    """[(name of a row, row)]"""
     text = read_contents(path, "give the path of a trajectory file")
-    problem = "empty; expected ETO's JSON list or JSONL with one trajectory a line"
+    problem = "empty; expected a JSON list, or JSONL with one trajectory a line"
     need(bool(text.strip()), path, problem)
     if not text.lstrip().startswith("["):
-        return json_lines(text, path), read_saved
+        return json_lines(text, path)
     rows = json_entries(text, path)
     need(bool(rows), path, "an empty list; expected at least one trajectory")
-    _, first = rows[0]
-    is_fireact = isinstance(first, dict) and "output" in first
-    return rows, read_fireact if is_fireact else read_eto
+    return rows
+
+
+def reader_of(row: dict) -> Callable[[dict, str], Trajectory]:
+    """The function that reads a row of this shape."""
+    named = id_key(row)
+    if "output" in row or ("messages" in row and not named):
+        return read_fireact
+    return read_chat if named or "conversations" in row else read_saved
+
+
+def id_key(row: dict) -> str | None:
+    """Under which key a chat has its task: ETO's games have a file, AgentGym's rows an item_id."""
+    return next((key for key in ("game_file", "id", "item_id") if key in row), None)
 
 
 def check_actions(trajectory: Trajectory, where: str) -> None:
@@ -243,70 +272,92 @@ def check_actions(trajectory: Trajectory, where: str) -> None:
         need(parse_action(step.action) is not None, where, f"{problem}; {remedy}")
 
 
-def read_eto(row: dict, where: str) -> Trajectory:
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def read_chat(row: dict, where: str) -> Trajectory:
     """ETO: {"id", "conversations": [{"from": "human" | "gpt", "value"}, ...], "reward"?}.
 
-    The instruction and the "OK" that answers it become the prompt, never supervised. The task and
-    everything after it become steps; a last human turn, which no action answers, is left out. So is
-    the label "Observation:", which our worlds do not write. Without "reward" the trajectory counts
-    as a success (1.0): ETO keeps only those.
+    Also with messages for conversations, and role, user, assistant and content for from, human, gpt
+    and value. The instruction and the "OK" that answers it become the prompt, never supervised,
+    after a system message if there is one. The task and everything after it become steps; a last
+    human turn, which no action answers, is left out. So is the label "Observation:", which our
+    worlds do not write. Without "reward" the trajectory counts as a success (1.0): ETO keeps only
+    those.
     """
-    task_id = row.get("id")
-    need(type(task_id) in (str, int), where, "'id' is missing or neither text nor a whole number")
-    task_id = text_of({"id": str(task_id)}, "id", where)
-    turns = []
-    for i, (turn, at) in enumerate(objects_of(row, "conversations", where)):
-        role = text_of(turn, "from", at)
+    key = id_key(row)
+    named = type(row.get(key)) in (str, int)
+    need(named, where, "'id' is missing or neither text nor a whole number")
+    task_id = text_of({"id": str(row[key])}, "id", where)
+    turns = chat_turns(row, where)
+    prompt = []
+    if turns and turns[0][0] == "system":
+        prompt = [{"role": "system", "content": turns.pop(0)[1]}]
+    for i, (role, _, at) in enumerate(turns):
         problem = f"is from {role!r}; turns alternate 'human', 'gpt', starting with 'human'"
-        need(role == ("human", "gpt")[i % 2], at, problem)
-        turns.append(text_of(turn, "value", at))
+        need(ROLES.get(role) == ("user", "assistant")[i % 2], at, problem)
     problem = "has no instruction with its 'OK'; expected instruction, OK, task, then turns"
     need(len(turns) >= 2, where, problem)
-    problem = 'conversations[1] already acts; insert an "OK" that answers the instruction'
-    need(parse_action(turns[1]) is None, where, problem)
-    prompt = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": turns[1]}]
+    texts = [text for _, text, _ in turns]
+    problem = 'already acts; insert an "OK" that answers the instruction'
+    need(parse_action(texts[1]) is None, turns[1][2], problem)
+    prompt += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     steps = []
-    for observation, action in zip(turns[2::2], turns[3::2]):
+    for observation, action in zip(texts[2::2], texts[3::2]):
         steps.append(Step(re.sub(r"^Observation:\s*", "", observation), action))
     reward = reward_of(row, where) if "reward" in row else 1.0
     return Trajectory(task_id, prompt, steps, reward)
 
 
+def chat_turns(row: dict, where: str) -> list[tuple[str, str, str]]:
+    """[(role, text, name for error messages)] of a chat's turns."""
+    turns = []
+    for turn, at in objects_of(row, "messages" if "messages" in row else "conversations", where):
+        role = text_of(turn, "role" if "role" in turn else "from", at)
+        turns.append((role, text_of(turn, "content" if "content" in turn else "value", at), at))
+    return turns
+
+
 def read_fireact(row: dict, where: str) -> Trajectory:
     """FireAct: {"instruction": the question, "output": "Thought: ...\\nAction: search[..]\\n
-    Observation: ...", ...}.
+    Observation: ...", ...}, or the same turns as messages.
 
     The question becomes the task id and the first observation; the environment gives the prompt.
-    The reward is 1 if the last observation says "reward = True" (an exact match), else 0.
+    The reward is 1 if the last observation says "reward = True" (an exact match), and every turn
+    acts, else 0.
     """
     # Only these files need the question benchmarks.
     from benchmarks.qa import parse_call
 
+    if "messages" in row:
+        texts = [text for _, text, _ in chat_turns(row, where)] + ["", ""]
+        acts = parse_action(texts[1]) or texts[1].startswith("Observation:")
+        need(
+            bool(acts), where, "'id' is missing; only FireAct's chats, which act at once, have none"
+        )
+        row = {"instruction": texts[0], "output": "\n".join(texts[1:])}
     question = text_of(row, "instruction", where).strip()
     need(question != "", where, "'instruction' is empty; it must be the question")
     parts = re.split(r"(?m)^Observation:", text_of(row, "output", where))
     observation = f"Question: {question}"
-    steps, ends = [], True
+    trajectory = Trajectory(question)
     for i, part in enumerate(parts):
         if i:
             observation = part.split("\nThought:")[0].split("\nAction:")[0].strip()
         turn = re.search(r"(?ms)^(?:Thought:\s*(.*?)\n)?Action:\s*(.*?)\s*\Z", part)
         if turn is None:
-            # After the last action there is only the world's final word.
-            problem = f"'output' has no action before observation {i}"
-            remedy = "write Thought: .., Action: .., Observation: .."
-            need(i == len(parts) - 1, where, f"{problem}; {remedy}")
-            break
-        call = parse_call(parse_action(f"Action: {turn[2]}"))
+            return trajectory
+        call = parse_call(lenient_action(f"Action: {turn[2]}"))
         problem = f"action {i} is neither search[..] nor finish[..] (it is {turn[2][:40]!r})"
         need(call is not None, where, problem)
         thought = " ".join((turn[1] or "").split())
-        ends = call[0] == "finish"
         action = f"Thought: {thought}\nAction: {call[0].capitalize()}[{call[1]}]"
-        steps.append(Step(observation, action))
-    need(ends, where, "does not end with finish[answer]; remove the row")
-    reward = float(bool(re.search(r"reward = (True|1)\b", parts[-1])))
-    return Trajectory(question, [], steps, reward)
+        trajectory.steps.append(Step(observation, action))
+        if call[0] == "finish":
+            # What follows is the world's final word.
+            trajectory.reward = float(bool(re.search(r"reward = (True|1)\b", parts[-1])))
+            return trajectory
+    return trajectory
 
 
 def read_saved(row: dict, where: str) -> Trajectory:

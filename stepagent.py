@@ -215,7 +215,7 @@ class Config:
     preset: Literal["auto", "real", "tiny"] = "auto"
 
     # ---- expert data
-    # file of expert trajectories (ETO's JSON, FireAct's, or our JSONL), instead of the
+    # file of expert trajectories (ETO's, AgentGym's, FireAct's, or our JSONL), instead of the
     # environment's own expert
     expert: str = ""
     # expert trajectories to use, 0 = all of the train split
@@ -224,8 +224,11 @@ class Config:
     sft_experts: int = default(0, tiny=700)
     # of these, at most how many are practised (the last ones), 0 = all
     practice_experts: int = default(0, tiny=600)
-    # full: instruction and one-shot example; none: a model made from scratch needs neither
+    # full: instruction and one-shot example; none: a model made from scratch needs neither. The
+    # prompt of an expert file gets the example (full), or stands (none)
     prompt: Literal["full", "none"] = default("full", tiny="none")
+    # learn also from trajectories of --expert whose tasks are in a test split
+    train_on_test: bool = False
     # file with the prompt: JSON chat messages, or the instruction as plain text
     prompt_file: str = ""
 

@@ -13,6 +13,7 @@ from envs import (
     save_trajectories,
     some,
     source_file,
+    with_example,
 )
 from system.files import read_text
 from system.run_dir import ROOT, RunDir
@@ -49,30 +50,53 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
         run.ranks.barrier()
         return load_trajectories(str(path))[: config.experts or None]
     experts = load_trajectories(config.expert)
+    tasks = tasks_of(env, experts)
+    named = {}
+    for expert, task in zip(experts, tasks):
+        expert.task_id = task or expert.task_id
+        named.setdefault(expert.task_id, expert)
+    experts = sift(run, experts, list(named.values()), "that repeat a task")
     if hasattr(env, "right"):
-        right = env.right(experts)
-        if not right:
-            raise InputError(
-                f"{config.expert}: none of its {len(experts)} answers is right; give a file of "
-                "successful plays"
-            )
-        if len(right) < len(experts):
-            run.say(
-                f"{config.expert}: {len(experts) - len(right)} of {len(experts)} plays whose "
-                "answer is no exact match are left out"
-            )
-        experts = right
+        experts = sift(run, experts, env.right(experts), "whose answer is no exact match")
+    train, dev = (set(env.splits.get(name, [])) for name in ("train", "dev"))
+    if not config.train_on_test:
+        tested = set().union(*env.splits.values()) - train - dev
+        kept = [expert for expert in experts if expert.task_id not in tested]
+        experts = sift(run, experts, kept, "of test tasks, unless --train-on-test,")
     experts = experts[: config.experts or None]
-    if plays:
-        tasks = set().union(*env.splits.values())
-        strange = sorted({expert.task_id for expert in experts} - tasks)
-        if strange:
-            raise InputError(
-                f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
-                "plays the tasks of the expert file; name them as the environment does, such as "
-                f"{env.splits['train'][0]!r}"
-            )
+    if seen := sum(expert.task_id in dev for expert in experts):
+        run.say(f"{config.expert}: {seen} of {len(experts)} plays are of dev tasks")
+    strange = [expert.task_id for expert in experts if expert.task_id not in tasks]
+    if strange and plays:
+        raise InputError(
+            f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
+            "plays the tasks of the expert file; name them as the environment does, such as "
+            f"{env.splits['train'][0]!r}"
+        )
+    if strange:
+        run.say(
+            f"{config.expert}: {len(strange)} of {len(experts)} plays, such as {strange[0]!r}, are "
+            f"of no task that {config.env} has; some may be of its test tasks"
+        )
     return experts
+
+
+def tasks_of(env, experts: list[Trajectory]) -> list[str | None]:
+    """The environment's tasks that these trajectories show; None where it has no such task."""
+    if hasattr(env, "task_of"):
+        return [env.task_of(expert) for expert in experts]
+    known = set().union(*env.splits.values())
+    return [expert.task_id if expert.task_id in known else None for expert in experts]
+
+
+def sift(run: RunDir, experts: list, kept: list, which: str) -> list[Trajectory]:
+    """The kept ones of a file; says which are not. InputError if there are none."""
+    file, total = run.config.expert, len(experts)
+    if not kept:
+        raise InputError(f"{file}: all {total} plays {which} are left out; give another file")
+    if len(kept) < total:
+        run.say(f"{file}: {total - len(kept)} of {total} plays {which} are left out")
+    return kept
 
 
 def load_shown(run: RunDir, env, split: str, tasks: list[str]) -> list[Trajectory]:
@@ -112,12 +136,18 @@ def show_tasks(run: RunDir, env, tasks: list[str]) -> list[Trajectory]:
 
 
 def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
-    """Every conversation's opening; an expert file's prompts stand, unless --prompt-file."""
-    from_file = bool(config.expert and experts[0].prompt) and not config.prompt_file
+    """Every conversation's opening, in training and evaluation.
+
+    An expert file's instruction stands, unless --prompt-file. With --prompt full it gets the
+    environment's example if it has none: the paper's prompt has one (section 6.4).
+    """
+    if config.expert and experts[0].prompt and not config.prompt_file:
+        if config.prompt == "full":
+            for expert in experts:
+                expert.prompt = with_example(expert.prompt, env)
+        return experts[0].prompt
     if config.prompt_file:
         prompt = read_prompt(config.prompt_file)
-    elif from_file:
-        return experts[0].prompt
     else:
         prompt = prompt_messages(env) if config.prompt == "full" else []
     for expert in experts:

@@ -380,6 +380,36 @@ def test_eto_conversations(tmp_path):
     assert (shown.task_id, shown.reward) == ("7", 0.25)
 
 
+def test_a_game_s_file_is_its_name_and_other_chats_are_read_alike(tmp_path):
+    """ETO's games, copies of them with role and content, AgentGym's rows, a list or lines."""
+    [eto] = load_trajectories(written(tmp_path, ETO))
+    [game] = load_trajectories(written(tmp_path, [ETO[0] | {"game_file": "data/train/x/y"}]))
+    assert game.task_id == "data/train/x/y" and game.steps == eto.steps
+    messages = []
+    for turn in ETO[0]["conversations"]:
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        messages.append({"role": role, "content": turn["value"]})
+    for row in (
+        {"id": "kitchen-1", "conversations": messages},
+        {"id": "kitchen-1", "messages": messages},
+        {"item_id": "kitchen-1", "conversations": ETO[0]["conversations"]},
+    ):
+        assert load_trajectories(written(tmp_path, [row])) == [eto]
+        assert load_trajectories(written(tmp_path, json.dumps(row))) == [eto]
+    told = [{"role": "system", "content": "Be brief."}, *messages]
+    [play] = load_trajectories(written(tmp_path, [{"id": "kitchen-1", "messages": told}]))
+    assert play.prompt == [told[0], *eto.prompt] and play.steps == eto.steps
+    # A list of our own rows.
+    [own] = load_trajectories(written(tmp_path, [OWN]))
+    assert own.task_id == "t1"
+
+
+def test_agentgym_s_action_stands_on_a_line_of_its_own(tmp_path):
+    said = ["Rules.", "Ok.", "A page.", "Thought:\nI search.\n\nAction:\nsearch[dress]"]
+    [play] = load_trajectories(written(tmp_path, conversation(*said)))
+    assert parse_action(play.steps[0].action) == "search[dress]"
+
+
 def test_the_label_of_observations_is_taken_off(tmp_path):
     said = ["Rules.", "OK", "Observation: A desk.", "Action: look"]
     said += ["Observation:\nObservation: twice", "Action: go"]
@@ -389,12 +419,15 @@ def test_the_label_of_observations_is_taken_off(tmp_path):
     assert shown.prompt[0]["content"] == "Rules."
 
 
-def test_of_a_repeated_conversation_the_first_is_kept_and_the_other_named(tmp_path, capsys):
+def test_of_a_repeated_task_the_first_is_kept_and_the_other_named(tmp_path, capsys):
     twice = [*ETO, ETO[0] | {"reward": 0.5}]
     once = load_trajectories(written(tmp_path, ETO))
     assert load_trajectories(written(tmp_path, twice)) == once
     told = "entry 1: repeats the id 'kitchen-1' of entry 0; left out"
     assert told in capsys.readouterr().err
+    [own] = load_trajectories(written(tmp_path, changed() + "\n\n" + changed(reward=1)))
+    assert own.reward == 0.5
+    assert "line 3: repeats the id 't1' of line 1; left out" in capsys.readouterr().err
 
 
 def test_save_and_load_round_trip(tmp_path):
@@ -439,6 +472,7 @@ def test_saving_where_one_cannot_is_an_input_error(tmp_path):
         save_trajectories(str(tmp_path / "no" / "x.jsonl"), [])
 
 
+CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "OK"}]
 STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
 
 
@@ -456,7 +490,6 @@ STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
         ("hello", "broken JSON"),
         ("[" * 100000, "nested too deep"),
         (changed() + "\n" + changed()[:50], "line 2: broken JSON"),
-        (changed() + "\n\n" + changed(), "line 3: repeats the id 't1' of line 1"),
         (changed(steps=[]), "line 1: has no actions"),
         (changed(steps=3), "'steps' is missing or not a list"),
         (changed(steps=[{"observation": "o"}]), "'action' is missing"),
@@ -482,6 +515,10 @@ STEP_WITHOUT_ACTION = [{"observation": "o", "action": "look"}]
         ([{"conversations": []}], "'id' is missing"),
         ([{"id": True, "conversations": []}], "'id' is missing"),
         ([{"id": "x"}], "'conversations' is missing"),
+        ([{"item_id": "x", "conversations": None}], "'conversations' is missing"),
+        ([{"messages": CHAT}], "'id' is missing; only FireAct's"),
+        ([{"id": "x", "messages": CHAT * 2}], 'action 0 has no "Action:"'),
+        ([{"id": "x", "messages": [{"role": "tool", "content": "x"}]}], "is from 'tool'"),
         ([ETO[0] | {"reward": None}], "'reward' is not"),
     ],
 )

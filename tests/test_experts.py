@@ -62,12 +62,12 @@ def test_a_file_is_sifted_by_the_worlds_own_measure(tmp_path, world, plays, caps
     assert "1 of 6 plays whose answer is no exact match are left out" in capsys.readouterr().out
     world.right = lambda experts: []
     with pytest.raises(
-        InputError, match="given.jsonl: none of its 6 answers is right; give a file"
+        InputError, match="given.jsonl: all 6 plays whose answer is no exact match are left out"
     ):
         load_experts(run_dir(tmp_path / "y", expert=path), world, False)
 
 
-def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, world, plays):
+def test_tasks_that_are_played_must_be_tasks_of_the_environment(tmp_path, world, plays, capsys):
     strange = Trajectory("a task of ETO's", [], plays[0].steps, 1.0)
     path = saved(tmp_path / "given.jsonl", [*plays, strange])
     says = "\"a task of ETO's\" is no task of household, but dpo plays .* such as 'train-0'"
@@ -75,8 +75,39 @@ def test_tasks_that_are_played_must_be_named_as_the_environment_does(tmp_path, w
         load_experts(run_dir(tmp_path / "x", expert=path, method="dpo"), world, True)
     # Nobody plays it.
     assert len(load_experts(run_dir(tmp_path / "y", expert=path), world, False)) == 7
+    told = '1 of 7 plays, such as "a task of ETO\'s", are of no task that household has'
+    assert told in capsys.readouterr().out
     few = run_dir(tmp_path / "z", expert=path, experts=6)
     assert load_experts(few, world, True) == plays
+
+
+def test_a_world_finds_its_tasks_under_the_names_of_a_file(tmp_path, world, plays, capsys):
+    path = saved(tmp_path / "given.jsonl", plays)
+    numbers = {play.task_id: f"train-{5 - i // 2}" for i, play in enumerate(plays)}
+    world.task_of = lambda expert: numbers.get(expert.task_id, expert.task_id)
+    experts = load_experts(run_dir(tmp_path / "x", expert=path, method="dpo"), world, True)
+    assert [(one.task_id, one.steps) for one in experts] == [
+        (f"train-{5 - i}", plays[2 * i].steps) for i in range(3)
+    ]
+    assert "given.jsonl: 3 of 6 plays that repeat a task are left out" in capsys.readouterr().out
+
+
+def test_nobody_trains_on_test_tasks_unasked(tmp_path, world, plays, capsys):
+    tested = [world.expert(name) for name in ("test-0", "test_unseen-4", "dev-1")]
+    path = saved(tmp_path / "given.jsonl", [*plays[:2], *tested])
+    experts = load_experts(run_dir(tmp_path / "x", expert=path), world, False)
+    assert names(experts) == ["train-0", "train-1", "dev-1"]
+    said = capsys.readouterr().out
+    assert "given.jsonl: 2 of 5 plays of test tasks, unless --train-on-test, are left out" in said
+    assert "given.jsonl: 1 of 3 plays are of dev tasks" in said
+    asked = run_dir(tmp_path / "y", expert=path, train_on_test=True)
+    assert len(load_experts(asked, world, False)) == 5
+    # A world may train and test on a task.
+    world.splits = world.splits | {"train": [*world.splits["train"], "test-0"]}
+    assert len(load_experts(run_dir(tmp_path / "z", expert=path), world, False)) == 4
+    only = saved(tmp_path / "only.jsonl", tested[1:2])
+    with pytest.raises(InputError, match="all 1 plays of test tasks, unless --train-on-test, are"):
+        load_experts(run_dir(tmp_path / "w", expert=only), world, False)
 
 
 def test_a_malformed_file_ends_the_program_with_one_line(tmp_path):
@@ -172,14 +203,39 @@ def test_the_prompt_is_the_worlds_or_none(world):
     assert [one.prompt for one in experts] == [[], []]
 
 
-def test_an_expert_files_prompt_stands(world):
+def test_an_expert_files_prompt_gets_the_worlds_example(world):
+    """As in section 6.4, and the same in training and evaluation."""
     experts = shown(OPENING)
-    for choice in ("full", "none"):
-        assert give_prompt(Config(prompt=choice, expert="given.jsonl"), world, experts) == OPENING
-    assert [one.prompt for one in experts] == [OPENING] * 2
+    prompt = give_prompt(Config(prompt="full", expert="given.jsonl"), world, experts)
+    text = f"Rules.\n\nHere is an example.\n{world.example}"
+    assert prompt == [{"role": "user", "content": text}, OPENING[1]]
+    assert [one.prompt for one in experts] == [prompt] * 2
+    assert OPENING[0]["content"] == "Rules."
+    told = [{"role": "system", "content": "For example, be brief."}, *OPENING]
+    config = Config(prompt="full", expert="given.jsonl")
+    assert give_prompt(config, world, shown(told)) == [told[0], *prompt]
     # A file without prompts gets the world's.
-    bare = give_prompt(Config(prompt="full", expert="given.jsonl"), world, shown([]))
-    assert bare == envs.prompt_messages(world)
+    assert give_prompt(config, world, shown([])) == envs.prompt_messages(world)
+    world.example = ""
+    assert give_prompt(config, world, shown(OPENING)) == OPENING
+
+
+HAS_ONE = [
+    [{"role": "user", "content": "Rules.\nExample:\nAction: look"}, OPENING[1]],
+    [
+        *OPENING,
+        {"role": "user", "content": "A task."},
+        {"role": "assistant", "content": "Action: a"},
+    ],
+    [{"role": "system", "content": "Rules."}],
+]
+
+
+@pytest.mark.parametrize("choice, given", [("none", OPENING), *(("full", one) for one in HAS_ONE)])
+def test_an_expert_files_prompt_stands(world, choice, given):
+    experts = shown(given)
+    assert give_prompt(Config(prompt=choice, expert="given.jsonl"), world, experts) == given
+    assert [one.prompt for one in experts] == [given] * 2
 
 
 @pytest.mark.parametrize("expert", ["", "given.jsonl"])

@@ -628,30 +628,45 @@ def test_fireact_plays_become_steps(tmp_path):
     ]
 
 
-def test_only_right_fireact_plays_are_kept(tmp_path):
+def test_only_right_fireact_plays_are_kept(tmp_path, capsys):
     wrong = PLAY.replace("= True", "= False")
     unsaid = PLAY.split("Observation: Episode")[0]
     zero = PLAY.replace("True", "0")
-    path = fireact(tmp_path, ("a", PLAY), ("b", wrong), ("c", unsaid), ("d", zero))
-    assert [play.task_id for play in load_trajectories(path)] == ["a"]
+    cut = PLAY.split("Thought: I have")[0]
+    thinks = PLAY.replace("Action: search[Rush [band]]\n", "")
+    bad = [wrong, unsaid, zero, cut, thinks, "nothing"]
+    named = [(f"question {i}", output) for i, output in enumerate(bad)]
+    rows = [("a", wrong), ("a", PLAY), *named, ("a", PLAY + "\n" + PLAY)]
+    plays = load_trajectories(fireact(tmp_path, *rows))
+    assert [(play.task_id, len(play.steps)) for play in plays] == [("a", 2)]
+    said = capsys.readouterr().err
+    assert "entry 8: repeats the id 'a' of entry 1; left out" in said
+    assert "fireact.json: 7 plays that fail or do not act are left out" in said
+    path = fireact(tmp_path, ("b", wrong))
     with pytest.raises(InputError, match="no play in it ends with the right answer"):
-        load_trajectories(fireact(tmp_path, ("b", wrong)))
+        load_trajectories(path)
+
+
+def test_fireact_s_messages_are_its_plays(tmp_path):
+    """The world may say its last word twice."""
+    turns = PLAY.strip().replace("\nObservation:", "\n\nObservation:")
+    turns = turns.replace("drummer.\nThought", "drummer.\n\nThought").split("\n\n")
+    messages = [{"role": "user", "content": "Who drums?"}]
+    for i, text in enumerate([*turns, turns[-1]]):
+        messages.append({"role": ("assistant", "user")[i % 2], "content": text})
+    path = tmp_path / "gpt.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    assert load_trajectories(str(path)) == load_trajectories(
+        fireact(tmp_path, ("Who drums?", PLAY))
+    )
 
 
 @pytest.mark.parametrize(
     "question, output, problem",
     [
         ("q", PLAY.replace("search[", "look["), "action 0 is neither"),
-        ("q", "nothing", "has no actions"),
-        ("q", PLAY.split("Thought: I have")[0], "does not end with finish"),
-        (
-            "q",
-            PLAY.replace("Action: search[Rush [band]]\n", ""),
-            "no action before observation 0",
-        ),
         ("q", 3, "'output' is not text"),
         ("", PLAY, "'instruction' is empty"),
-        ("first", PLAY, "repeats the id 'first' of entry 0"),
     ],
 )
 def test_malformed_fireact_rows_are_named(question, output, problem, tmp_path):
