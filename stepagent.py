@@ -160,7 +160,7 @@ class Method:
     prompt: Callable[[list[dict]], list[dict]] | None = None
 
 
-IMITATION = "sft_lr sft_batch sft_epochs warmup sft_experts "
+IMITATION = "sft_lr sft_batch sft_epochs warmup sft_experts grad_norm save_minutes "
 REFLECTION = IMITATION + "lr batch epochs practice_experts "
 ROUNDS = REFLECTION + "iterations "
 RETRAINING = IMITATION + "practice_experts explore_temperature samples success"

@@ -74,7 +74,7 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
         raise InputError(
             f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "
             "plays the tasks of the expert file; name them as the environment does, such as "
-            f"{next(itertools.chain(*env.splits.values()))!r}"
+            f"{list(itertools.chain(*env.splits.values()))[:1]}"
         )
     if strange:
         run.say(

@@ -72,7 +72,7 @@ def test_a_file_is_sifted_by_the_worlds_own_measure(tmp_path, world, plays, caps
 def test_tasks_that_are_played_must_be_tasks_of_the_environment(tmp_path, world, plays, capsys):
     strange = Trajectory("a task of ETO's", [], plays[0].steps, 1.0)
     path = saved(tmp_path / "given.jsonl", [*plays, strange])
-    says = "\"a task of ETO's\" is no task of household, but dpo plays .* such as 'train-0'"
+    says = "\"a task of ETO's\" is no task of household, but dpo plays .* such as .'train-0'."
     with pytest.raises(InputError, match=says):
         load_experts(run_dir(tmp_path / "x", expert=path, method="dpo"), world, True)
     # Nobody plays it.
