@@ -37,6 +37,9 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         except InputError:
             model.set_attn_implementation(usual)
             raise
+    # Where torch prefers cuDNN's attention (2.11 on Hopper), each new length costs a plan of its
+    # own, up to a second. Lengths are new in every pass here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # A method of the model, so that sharded weights are gathered around trunk and head alike.
     model.scoring = MethodType(scoring, model)
     turn_dropout_off(model)
