@@ -401,7 +401,7 @@ def run_episodes(
                 progress(1)
             alive = [i for i, player in enumerate(players) if player.job or not player.done]
             if len(alive) < len(players):
-                cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
+                cache.keep(alive)
                 hidden = hidden[alive]
                 players = [players[i] for i in alive]
             read_observations(model, players, cache, hidden, max_new_tokens)
@@ -421,16 +421,16 @@ def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_t
     """
     device = model.device
     reading = [i for i, player in enumerate(players) if not player.job and player.pending]
-    cache.lengths = torch.tensor([player.length for player in players], device=device)
+    cache.lengths = [player.length for player in players]
     for group in of_like_length(reading, lambda i: len(players[i].pending)):
         pending = [players[i].pending for i in group]
         width = max(map(len, pending))
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in pending], device=device)
-        rows = torch.tensor(group, device=device)
-        positions = within_context(model, cache.begin(width, rows))
+        positions = within_context(model, cache.begin(width, group))
         states = forward(model, padded, positions, cache)
         last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
-        hidden[rows] = states[torch.arange(len(group), device=device), last].to(hidden.dtype)
+        found = states[torch.arange(len(group), device=device), last]
+        hidden[cache.index] = found.to(hidden.dtype)
     for i in reading:
         player = players[i]
         player.length += len(player.pending)
@@ -468,7 +468,7 @@ def write_actions(
                 written.append(player)
         if any(writing):
             # The others idle: their length stands still.
-            cache.lengths = torch.tensor([player.length for player in players], device=device)
+            cache.lengths = [player.length for player in players]
             positions = within_context(model, cache.begin(1))
             hidden = forward(model, token[:, None], positions, cache)[:, 0]
             for player, writes in zip(players, writing):

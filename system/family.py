@@ -157,7 +157,7 @@ def played_logits(model, trunk: list[int]) -> Tensor:
     for turn in (trunk[:7], trunk[7:-1], trunk[-1:]):
         ids = torch.tensor([turn], device=model.device)
         logits.append(head(model, forward(model, ids, cache.begin(len(turn)), cache)[0]))
-        cache.lengths += len(turn)
+        cache.lengths[0] += len(turn)
     return torch.cat(logits)
 
 

@@ -217,6 +217,20 @@ def test_gradient_checkpointing_changes_nothing(family, made):
     assert all(map(torch.equal, plain_gradients, again_gradients))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_score_with_folded_heads(family, monkeypatch):
+    """As on CUDA, where query heads that share keys stand one behind the other under a mask."""
+    model = tiny.model(family)
+    encoded, leaves = late_branches()
+    plain = score(model, encoded, leaves, with_entropy=True)
+    plain_gradients = gradients(model, loss_of(plain))
+    monkeypatch.setattr(tree, "folds", lambda query: True)
+    folded = score(model, encoded, leaves, with_entropy=True)
+    assert close(joined(folded, "trunk"), joined(plain, "trunk"))
+    assert close(joined(folded, "leaves"), joined(plain, "leaves"))
+    assert_same_gradients(gradients(model, loss_of(folded)), plain_gradients)
+
+
 def test_entropies_are_computed_only_when_asked():
     encoded, _ = example()
     [found, *_] = score(tiny.model(), encoded)
