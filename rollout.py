@@ -277,7 +277,9 @@ class PracticeRows:
         # [R, max_new_tokens] the expert's tokens, and each token's own random number.
         self.expert = torch.tensor(expert, device=device).repeat_interleave(copies, 0)
         self.noise = F.pad(torch.cat(noise), (0, 1)).to(device)
-        self.temperature = torch.tensor(temperatures, device=device).repeat(len(steps))
+        self.temperature = None
+        if any(temperatures):
+            self.temperature = torch.tensor(temperatures, device=device).repeat(len(steps))
         self.stops = torch.tensor(sorted(stops), device=device)
         # [R] tokens that the action may have within the model's context.
         left = model.config.max_position_embeddings - self.start
@@ -292,11 +294,12 @@ class PracticeRows:
 
     def write(self, model, rows: Tensor, hidden: Tensor, place: Tensor) -> Tensor:
         """Samples the token at `place` [r] of these rows from hidden states [r, d]."""
-        token = sample(head(model, hidden), self.temperature[rows], self.noise[rows, place])
+        temperature = None if self.temperature is None else self.temperature[rows]
+        token = sample(head(model, hidden), temperature, self.noise[rows, place])
         self.written[rows, place] = token
         is_last = torch.isin(token, self.stops) | (place == self.allowed[rows] - 1)
-        ended = is_last & (self.lengths[rows] == 0)
-        self.lengths[rows[ended]] = place[ended] + 1
+        lengths = self.lengths[rows]
+        self.lengths[rows] = torch.where(is_last & (lengths == 0), place + 1, lengths)
         return token
 
     def actions(self) -> list[list[int]]:
@@ -330,12 +333,19 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
         cache.advance()
         place = (rows.common[writing] + cache.length).clamp(max=rows.longest)
         token = rows.write(model, writing, hidden, place)
-        alive = rows.lengths[writing] == 0
+        if cache.length % passes_between_looks(hidden.device):
+            continue
+        alive = (rows.lengths[writing] == 0).nonzero()[:, 0]
         # Finished rows leave in bulk: moving the cache costs, too.
-        if alive.sum() < 0.8 * len(writing):
-            if alive.any():
-                cache.keep(alive.nonzero()[:, 0])
+        if len(alive) < 0.8 * len(writing):
+            if len(alive):
+                cache.keep(alive)
             writing, token = writing[alive], token[alive]
+
+
+def passes_between_looks(device: torch.device) -> int:
+    """How often the host looks which actions have ended: it waits for the GPU each time."""
+    return 8 if device.type == "cuda" else 1
 
 
 def within_context(model, positions: Tensor) -> Tensor:
@@ -451,28 +461,44 @@ def write_actions(
     device = model.device
     writing = [player.job is None for player in players]
     written = []
-    temperatures = torch.full((len(players),), float(temperature), device=device)
+    temperatures = None
+    if temperature > 0:
+        temperatures = torch.full((len(players),), float(temperature), device=device)
+
+    def read(token: Tensor) -> Tensor:
+        """One more token of each player. Those who do not write idle: their length stands still."""
+        positions = within_context(model, cache.begin(1))
+        states = forward(model, token[:, None], positions, cache)[:, 0]
+        cache.lengths = [length + writes for length, writes in zip(cache.lengths, writing)]
+        return states
+
     while any(writing) and 4 * len(written) < len(players):
+        count = passes_between_looks(device)
         noise = []
         for player, writes in zip(players, writing):
-            noise.append(player.noise[len(player.action)] if writes else 0.0)
+            begin = len(player.action)
+            numbers = player.noise[begin : begin + count] if writes else []
+            noise.append(numbers + [0.0] * (count - len(numbers)))
         noise = torch.tensor(noise, dtype=torch.float64).to(device)
-        token = sample(head(model, hidden), temperatures, noise)
-        for i, (player, value) in enumerate(zip(players, token.tolist())):
+        cache.lengths = [player.length for player in players]
+        tokens = [sample(head(model, hidden), temperatures, noise[:, 0])]
+        for place in range(1, count):
+            hidden = read(tokens[-1])
+            tokens.append(sample(head(model, hidden), temperatures, noise[:, place]))
+        for i, (player, values) in enumerate(zip(players, torch.stack(tokens, 1).tolist())):
             if not writing[i]:
                 continue
-            player.action.append(value)
-            if value in stops or len(player.action) == player.allowed:
-                player.pending = [value]
-                writing[i] = False
-                written.append(player)
+            # What is written beyond the end of an action nobody reads.
+            for value in values:
+                player.action.append(value)
+                if value in stops or len(player.action) == player.allowed:
+                    player.pending = [value]
+                    writing[i] = False
+                    written.append(player)
+                    break
+                player.length += 1
         if any(writing):
-            # The others idle: their length stands still.
-            cache.lengths = [player.length for player in players]
-            positions = within_context(model, cache.begin(1))
-            hidden = forward(model, token[:, None], positions, cache)[:, 0]
-            for player, writes in zip(players, writing):
-                player.length += writes
+            hidden = read(tokens[-1])
     return hidden, written
 
 

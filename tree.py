@@ -415,18 +415,17 @@ def attention_and_norm_plain(query, key, value, scaling, mask=None) -> tuple[Ten
     return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
 
 
-def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor | None, u: Tensor) -> Tensor:
     """One token a row. logits [R, V]; temperature [R], 0 = greedy; u [R] uniform in [0, 1). -> [R]
 
-    u is the row's own random number, looked up in the distribution function: the token does not
-    depend on what else is in the batch.
+    temperature None: greedy everywhere. u is the row's own random number, looked up in the
+    distribution function: the token does not depend on what else is in the batch.
     """
-    logits = logits.float()
     greedy = logits.argmax(-1)
-    if not (temperature > 0).any():
+    if temperature is None:
         return greedy
     divisor = torch.where(temperature > 0, temperature, 1.0)[:, None]
-    cumulative = torch.softmax(logits / divisor, -1).double().cumsum(-1)
+    cumulative = torch.softmax(logits.float() / divisor, -1).double().cumsum(-1)
     # The sum may round to a little less or more than 1. Scaled by it, u < 1 stays below the end:
     # a token of probability 0 is never found.
     target = u[:, None] * cumulative[:, -1:]
