@@ -305,8 +305,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = default("bfloat16", tiny="float32")
     # tokens per forward pass in training, scoring and practice prefill
     micro_tokens: int = 8192
-    # practice actions decoded together at most; fewer where keys and values would take about a
-    # quarter of the memory
+    # practice actions decoded together at most; fewer where keys and values would not fit beside
+    # the weights
     leaves: int = default(256, tiny=1024)
     # episodes played together
     episodes: int = default(32, tiny=300)

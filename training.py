@@ -126,8 +126,8 @@ class Agent:
             yield bar
 
     def cache_room(self) -> int:
-        """Tokens whose keys and values take a quarter of the memory."""
-        return room(self.ranks, self.policy, self.config.dtype)
+        """Tokens whose keys and values fit beside the weights."""
+        return room(self.ranks, self.policy, self.config)
 
 
 # ---------------------------------------------------------------------- what an inspection leaves
@@ -490,8 +490,8 @@ def play(
     longest = 2 * max(demonstration.encoded.tokens for demonstration in agent.experts)
     longest = min(longest, agent.policy.config.max_position_embeddings)
     with agent.generating(label, len(mine)) as bar:
-        # The cache grows by half.
-        fits = int(agent.cache_room() / (1.5 * longest))
+        # The cache grows by a quarter.
+        fits = int(agent.cache_room() / (1.25 * longest))
         played = run_episodes(
             agent.policy,
             agent.tokenizer,

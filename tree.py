@@ -326,7 +326,7 @@ class RowCache:
         buffers = self.buffers.get(layer)
         old = 0 if buffers is None else buffers[0].shape[2]
         if old < self.end:
-            capacity = max(128, self.end, 3 * old // 2)
+            capacity = max(128, self.end, 5 * old // 4)
             self.buffers[layer] = buffers = grown(buffers, key, len(self.lengths), capacity)
         for buffer, new in zip(buffers, (key, value)):
             # The padding of a short row is overwritten by its next tokens.

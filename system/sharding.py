@@ -48,7 +48,7 @@ def training_bytes(policy: nn.Module, config, split: int = 1) -> dict[str, float
     split: how many ranks share the weights.
     """
     shape = policy.config
-    width = 2 if config.dtype == "bfloat16" else 4
+    width = compute_width(config)
     weights = sum(p.numel() for p in policy.parameters())
     learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copies = 0
@@ -81,7 +81,7 @@ class Placement:
     # How many ranks share the weights, 1 where each has all: those of a node or, if it is too
     # small, all of them.
     pieces: int
-    # A device can hold all weights while it decodes, beside a quarter for keys and values.
+    # A device can hold all weights while it decodes, in 0.7 of its memory.
     gathers_whole: bool
 
 
@@ -132,7 +132,7 @@ def shard(ranks: Ranks, policy: nn.Module, placed: Placement, dtype: str) -> Non
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     register_forward(policy, "scoring")
-    policy.gathers_whole = placed.gathers_whole
+    policy.placed = placed
     policy.to_empty(device=ranks.device)
     policy.tie_weights()
     # A first pass makes the policy the root of its parts, before any of them is gathered alone.
@@ -166,9 +166,18 @@ def fill(ranks: Ranks, policy: nn.Module, whole: nn.Module | None) -> None:
         buffer.copy_(buffers[name])
 
 
-def room(ranks: Ranks, policy: nn.Module, dtype: str) -> int:
-    """Tokens whose keys and values take a quarter of the memory."""
-    return ranks.memory() // 4 // kv_bytes(policy, 2 if dtype == "bfloat16" else 4)
+def room(ranks: Ranks, policy: nn.Module, config) -> int:
+    """Tokens whose keys and values take three quarters of what the weights leave of the memory."""
+    memory = ranks.memory()
+    need = training_bytes(policy, config, policy.placed.pieces)
+    left = memory - need["generate" if policy.placed.gathers_whole else "least"]
+    # Where weights take nearly all of it, something must be tried.
+    return int(0.75 * max(left, memory / 16) // kv_bytes(policy, compute_width(config)))
+
+
+def compute_width(config) -> int:
+    """Bytes of a number in the compute type."""
+    return 2 if config.dtype == "bfloat16" else 4
 
 
 @contextmanager
@@ -182,11 +191,12 @@ def gathered(ranks: Ranks, policy: nn.Module):
     if not isinstance(policy, FSDPModule):
         yield
         return
-    policy.set_reshard_after_forward(False, recurse=policy.gathers_whole)
-    for part in policy.modules() if policy.gathers_whole else [policy]:
+    whole = policy.placed.gathers_whole
+    policy.set_reshard_after_forward(False, recurse=whole)
+    for part in policy.modules() if whole else [policy]:
         if isinstance(part, FSDPModule):
             part.unshard()
-    if policy.gathers_whole:
+    if whole:
         yield
     else:
 
