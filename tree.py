@@ -500,17 +500,29 @@ def scoring(
     return hidden, *chunked_head(model, hidden[0, rows], targets, with_entropy)
 
 
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of the head at once.
+
+    On CPUs 2^21 logits, which a cache holds. A GPU wants few chunks: each casts the head's weights
+    and adds up their gradient, and 2^27 logits take 3 GB. 256 rows at least.
+    """
+    if device == "cuda":
+        return min(2048, max(256, 2**27 // vocabulary))
+    return max(256, 2**21 // vocabulary)
+
+
 def chunked_head(
     model, hidden: Tensor, targets: Tensor, with_entropy: bool, rows: int = 0, most: int = 2**25
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows`.
 
-    rows 0: 2^21 logits a chunk, which a cache holds, but 256 rows at least. More than `most` logits
-    in all (128 MiB in fp32) never exist at once: the backward pass computes them again.
+    More than `most` logits in all (128 MiB in fp32) never exist at once, unless one chunk has them:
+    the backward pass computes them again.
     """
     vocabulary = model.config.vocab_size
-    rows = rows or max(256, 2**21 // vocabulary)
-    recompute = torch.is_grad_enabled() and len(targets) * vocabulary > most
+    rows = rows or chunk_rows(vocabulary, hidden.device.type)
+    too_many = len(targets) > rows and len(targets) * vocabulary > most
+    recompute = torch.is_grad_enabled() and too_many
 
     def chunk(hidden_part, target_part):
         logits = head(model, hidden_part)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method as register_forw
 from rollout import score
 from system.ranks import Ranks
 from trajectory import Encoded, InputError
-from tree import empty_pass, kv_bytes
+from tree import chunk_rows, empty_pass, kv_bytes
 
 
 def layers_of(policy: nn.Module) -> nn.ModuleList:
@@ -40,12 +40,14 @@ def activation_bytes(shape, width: int, checkpointing: bool) -> float:
     return width * numbers * shape.num_hidden_layers
 
 
-def training_bytes(policy: nn.Module, config, split: int = 1) -> dict[str, float]:
+def training_bytes(
+    policy: nn.Module, config, split: int = 1, device: str = "cuda"
+) -> dict[str, float]:
     """Bytes on one device, by arithmetic; the policy may be on the meta device.
 
     held: weights, gradients and Adam's moments. update: the peak of a training pass. generate: all
     weights ready to decode, without keys and values. least: the same, gathered layer by layer.
-    split: how many ranks share the weights.
+    split: how many ranks share the weights. device: CPUs read the head in smaller chunks.
     """
     shape = policy.config
     width = compute_width(config)
@@ -71,7 +73,7 @@ def training_bytes(policy: nn.Module, config, split: int = 1) -> dict[str, float
         copies = width * weights if width == 2 else 0
         generate = least = 4 * weights + copies
     activations = config.micro_tokens * activation_bytes(shape, width, config.checkpointing)
-    logits = 24 * max(2**23, 256 * shape.vocab_size)
+    logits = 24 * max(2**23, chunk_rows(shape.vocab_size, device) * shape.vocab_size)
     update = held + copies + activations + logits
     return {"held": held, "update": update, "generate": generate, "least": least}
 
@@ -92,7 +94,8 @@ def placement(ranks: Ranks, policy: nn.Module, config) -> Placement:
     """
     # The smallest device decides for all ranks.
     memory = min(part["memory"] for part in ranks.gather({"memory": ranks.memory()}))
-    too_large = training_bytes(policy, config)["update"] > 0.9 * memory
+    device = ranks.device.type
+    too_large = training_bytes(policy, config, 1, device)["update"] > 0.9 * memory
     wanted = config.shard == "true" or (config.shard == "auto" and too_large)
     sharded = wanted and ranks.world > 1 and not config.lora_rank
     pieces = ranks.split() if sharded else 1

@@ -44,6 +44,7 @@ class Machine(Ranks):
     def __init__(self, world: int, memory: float, split: int = 0):
         self.world, self.rank = world, 0
         self.bytes = memory
+        self.device = torch.device("cpu")
         self.node = split or world
 
     def memory(self):
@@ -58,7 +59,7 @@ class Machine(Ranks):
 
 def test_sharding_is_chosen_by_arithmetic(model):
     policy = outline(model)
-    need = training_bytes(policy, options())
+    need = training_bytes(policy, options(), device="cpu")
     count = sum(weight.numel() for weight in policy.parameters())
     assert need["held"] == 16 * count and need["generate"] == 4 * count < need["update"]
     update = need["update"]
