@@ -24,7 +24,7 @@ from losses import bootstrap
 from system.family import use_tree_attention
 from system.worlds import Player, Worlds
 from trajectory import Encoded, InputError, Trajectory, encode, segment, stop_ids
-from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, sample
+from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, numbers, sample
 
 __all__ = ["encode", "episode_figures", "practice", "run_episodes", "score", "segment", "stop_ids"]
 
@@ -84,7 +84,7 @@ def score(
         for action in expert + agent:
             for prediction in action.predictions():
                 number_of.setdefault(prediction, len(number_of))
-    rows, targets = torch.tensor(list(number_of), device=model.device).T
+    rows, targets = numbers(list(number_of), model.device).T
     hidden, *values = model.scoring(ids, positions, tree, rows, targets, with_entropy)
     return [read_scores(hidden[0], *values, number_of, *actions) for actions in placed]
 
@@ -157,17 +157,17 @@ def read_scores(
     agent: list[Placed],
 ) -> Scores:
     """The Scores of one trajectory from what the whole pass predicted: hidden [T, d], logps [N]."""
-
-    def numbers(integers: list[int]) -> Tensor:
-        return torch.tensor(integers, dtype=torch.long, device=hidden.device)
+    device = hidden.device
 
     def predicted(actions: list[Placed]) -> Tensor:
-        return numbers([number_of[pair] for action in actions for pair in action.predictions()])
+        found = [number_of[pair] for action in actions for pair in action.predictions()]
+        return numbers(found, device)
 
     def summed(values: Tensor, actions: list[Placed]) -> Tensor:
-        lengths = numbers([len(action.tokens) for action in actions])
-        owner = torch.repeat_interleave(lengths)
-        return values.new_zeros(len(actions)).index_add(0, owner, values)
+        owner = []
+        for number, action in enumerate(actions):
+            owner += [number] * len(action.tokens)
+        return values.new_zeros(len(actions)).index_add(0, numbers(owner, device), values)
 
     of_expert, of_agent = predicted(expert), predicted(agent)
     trunk_tokens, leaf_tokens = logps[of_expert], logps[of_agent]
@@ -178,7 +178,7 @@ def read_scores(
         leaf_tokens=leaf_tokens,
         trunk_entropy=None if entropies is None else entropies[of_expert],
         leaf_entropy=None if entropies is None else entropies[of_agent],
-        state_hidden=hidden[numbers([action.row[0] for action in expert])],
+        state_hidden=hidden[numbers([action.row[0] for action in expert], device)],
     )
 
 
@@ -247,7 +247,7 @@ def prefill(
             for start, end in item.spans:
                 predicting += range(first + start - 1, first + end - 1)
         states = forward(model, *tree.tensors(model.device), tree)[0]
-        hidden.append(states[torch.tensor(predicting, device=model.device)])
+        hidden.append(states[numbers(predicting, model.device)])
         for layer, (keys, values) in tree.kept.items():
             trunks[layer] += zip(keys[0].split(tree.sizes, 1), values[0].split(tree.sizes, 1))
     return trunks, torch.cat(hidden)
@@ -435,10 +435,10 @@ def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_t
     for group in of_like_length(reading, lambda i: len(players[i].pending)):
         pending = [players[i].pending for i in group]
         width = max(map(len, pending))
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in pending], device=device)
+        padded = numbers([ids + [0] * (width - len(ids)) for ids in pending], device)
         positions = within_context(model, cache.begin(width, group))
         states = forward(model, padded, positions, cache)
-        last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
+        last = numbers([len(ids) - 1 for ids in pending], device)
         found = states[torch.arange(len(group), device=device), last]
         hidden[cache.index] = found.to(hidden.dtype)
     for i in reading:

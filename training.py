@@ -367,9 +367,12 @@ def train(
                 loss, figures = loss_of(micro, batch)
             (weight * loss).backward()
             for key, figure in figures.items():
-                info[key] += weight * figure.item()
-        info = ranks.sum_gradients(policy, info)
+                info[key] += weight * figure.double()
+        ranks.sum_gradients(policy)
         norm = ranks.clip(policy, config.grad_norm)
+        # All figures are read at once: each time the host waits for a GPU.
+        *figures, norm = torch.stack([*info.values(), norm.double()]).tolist()
+        info = ranks.sum_figures(dict(zip(info, figures)))
         check_finite(agent, name, iteration, step, batch, info | {"grad_norm": norm})
         rate = rate_at(step)
         for group in optimizer.param_groups:

@@ -107,7 +107,7 @@ class TrunkAndLeaves:
 
     def tensors(self, device) -> tuple[Tensor, Tensor]:
         """Token ids and positions of the row, [1, T] each, as a model reads them."""
-        ids, positions = torch.tensor([self.ids, self.position], device=device)
+        ids, positions = numbers([self.ids, self.position], device)
         return ids[None], positions[None]
 
     def attend(self, layer, query, key, value, scaling, window):
@@ -132,7 +132,7 @@ class TrunkAndLeaves:
         """For a piece that attends to [its trunk's prefix, itself]."""
         if (piece, window) not in self.masks:
             if self.row is None:
-                self.row = torch.tensor([self.position, self.leaf, self.branch], device=like.device)
+                self.row = numbers([self.position, self.leaf, self.branch], like.device)
             trunk_start = sum(self.sizes[: self.trunks[piece]])
             start = sum(self.sizes[:piece])
             query = torch.arange(start, start + self.sizes[piece], device=like.device)
@@ -295,8 +295,7 @@ class RowCache:
         lengths = [self.lengths[row] for row in self.rows]
         self.end = max(lengths) + width
         self.all_begin = self.end == width
-        index = torch.tensor([self.rows, lengths]).to(self.device, non_blocking=True)
-        self.index, starts = index
+        self.index, starts = numbers([self.rows, lengths], self.device)
         self.positions = starts[:, None] + torch.arange(width, device=self.device)
         self.masks: dict[int | None, Tensor] = {}
         return self.positions
@@ -433,6 +432,11 @@ def sample(logits: Tensor, temperature: Tensor | None, u: Tensor) -> Tensor:
     # Where the logits are nan nothing is found.
     drawn = drawn.clamp(max=logits.shape[1] - 1)
     return torch.where(temperature > 0, drawn, greedy)
+
+
+def numbers(integers: list, device) -> Tensor:
+    """Integers, or lists of them, on a device; a GPU goes on with its work meanwhile."""
+    return torch.tensor(integers, dtype=torch.long).to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------- the model's side of it

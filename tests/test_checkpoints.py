@@ -47,7 +47,7 @@ def learn(out: Path, seconds: float = 0.0, **options) -> torch.nn.Module:
             # Each update is the work of one rank; the sum over ranks is the same for any number.
             if batch % ranks.world == ranks.rank:
                 policy(torch.tensor([1.0, batch, 2.0])).pow(2).sum().backward()
-            ranks.sum_gradients(policy, {})
+            ranks.sum_gradients(policy)
             optimizer.step()
             optimizer.zero_grad()
             here.log("sft", 0, step, weight=policy.weight[0, 0].item())

@@ -215,7 +215,7 @@ def pass_and_learn(folder: str, gathers_whole: bool, name: str) -> None:
         (score(policy, DATA, LEAVES)[0].trunk.sum() / ranks.world).backward()
         norm = ranks.clip(policy, 1.0)
     if ranks.rank == 0:
-        (Path(folder) / "norm").write_text(str(norm))
+        (Path(folder) / "norm").write_text(str(norm.item()))
     ranks.finish()
 
 
