@@ -285,3 +285,13 @@ def test_one_process_continues_what_two_ranks_have_begun(tmp_path, words, whole,
     assert_alike(whole, out)
     moved = distance(weights(whole / "policy"), weights(whole / "sft" / "policy"))
     assert distance(weights(whole / "policy"), weights(out / "policy")) < 1e-3 * moved
+
+
+def test_a_fused_optimizer_counts_on_the_device_of_its_weights():
+    """As on CUDA; the usual one counts in the host's memory."""
+    policy = torch.nn.Linear(3, 2, device="meta")
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        optimizer = torch.optim.AdamW(policy.parameters())
+        optimizer.defaults["fused"] = fused
+        checkpoints.learnt_tensors(policy, optimizer)
+        assert {state["step"].device.type for state in optimizer.state.values()} == {device}
