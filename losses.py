@@ -39,11 +39,11 @@ def _wide(values: Tensor) -> Tensor:
 
 def _mean(values: Tensor, count: float | None, mask: Tensor | None = None) -> Tensor:
     """Sum of the values where mask holds, over count. Masked-out values may be anything."""
-    size = values.numel()
+    if count is None:
+        count = values.numel() if mask is None else int(mask.sum())
     if mask is not None:
         values = torch.where(mask.bool(), values, 0.0)
-        size = int(mask.sum())
-    return values.sum() / max(size if count is None else count, 1)
+    return values.sum() / max(count, 1)
 
 
 def sft_loss(logps: Tensor, mask: Tensor, count: float | None = None) -> tuple[Tensor, Info]:

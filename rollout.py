@@ -24,7 +24,7 @@ from losses import bootstrap
 from system.family import use_tree_attention
 from system.worlds import Player, Worlds
 from trajectory import Encoded, InputError, Trajectory, encode, segment, stop_ids
-from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, sample
+from tree import LeafCache, RowCache, TrunkAndLeaves, forward, head, numbers, sample
 
 __all__ = ["encode", "episode_figures", "practice", "run_episodes", "score", "segment", "stop_ids"]
 
@@ -84,7 +84,7 @@ def score(
         for action in expert + agent:
             for prediction in action.predictions():
                 number_of.setdefault(prediction, len(number_of))
-    rows, targets = torch.tensor(list(number_of), device=model.device).T
+    rows, targets = numbers(list(number_of), model.device).T
     hidden, *values = model.scoring(ids, positions, tree, rows, targets, with_entropy)
     return [read_scores(hidden[0], *values, number_of, *actions) for actions in placed]
 
@@ -157,17 +157,17 @@ def read_scores(
     agent: list[Placed],
 ) -> Scores:
     """The Scores of one trajectory from what the whole pass predicted: hidden [T, d], logps [N]."""
-
-    def numbers(integers: list[int]) -> Tensor:
-        return torch.tensor(integers, dtype=torch.long, device=hidden.device)
+    device = hidden.device
 
     def predicted(actions: list[Placed]) -> Tensor:
-        return numbers([number_of[pair] for action in actions for pair in action.predictions()])
+        found = [number_of[pair] for action in actions for pair in action.predictions()]
+        return numbers(found, device)
 
     def summed(values: Tensor, actions: list[Placed]) -> Tensor:
-        lengths = numbers([len(action.tokens) for action in actions])
-        owner = torch.repeat_interleave(lengths)
-        return values.new_zeros(len(actions)).index_add(0, owner, values)
+        owner = []
+        for number, action in enumerate(actions):
+            owner += [number] * len(action.tokens)
+        return values.new_zeros(len(actions)).index_add(0, numbers(owner, device), values)
 
     of_expert, of_agent = predicted(expert), predicted(agent)
     trunk_tokens, leaf_tokens = logps[of_expert], logps[of_agent]
@@ -178,7 +178,7 @@ def read_scores(
         leaf_tokens=leaf_tokens,
         trunk_entropy=None if entropies is None else entropies[of_expert],
         leaf_entropy=None if entropies is None else entropies[of_agent],
-        state_hidden=hidden[numbers([action.row[0] for action in expert])],
+        state_hidden=hidden[numbers([action.row[0] for action in expert], device)],
     )
 
 
@@ -247,7 +247,7 @@ def prefill(
             for start, end in item.spans:
                 predicting += range(first + start - 1, first + end - 1)
         states = forward(model, *tree.tensors(model.device), tree)[0]
-        hidden.append(states[torch.tensor(predicting, device=model.device)])
+        hidden.append(states[numbers(predicting, model.device)])
         for layer, (keys, values) in tree.kept.items():
             trunks[layer] += zip(keys[0].split(tree.sizes, 1), values[0].split(tree.sizes, 1))
     return trunks, torch.cat(hidden)
@@ -277,7 +277,9 @@ class PracticeRows:
         # [R, max_new_tokens] the expert's tokens, and each token's own random number.
         self.expert = torch.tensor(expert, device=device).repeat_interleave(copies, 0)
         self.noise = F.pad(torch.cat(noise), (0, 1)).to(device)
-        self.temperature = torch.tensor(temperatures, device=device).repeat(len(steps))
+        self.temperature = None
+        if any(temperatures):
+            self.temperature = torch.tensor(temperatures, device=device).repeat(len(steps))
         self.stops = torch.tensor(sorted(stops), device=device)
         # [R] tokens that the action may have within the model's context.
         left = model.config.max_position_embeddings - self.start
@@ -292,11 +294,12 @@ class PracticeRows:
 
     def write(self, model, rows: Tensor, hidden: Tensor, place: Tensor) -> Tensor:
         """Samples the token at `place` [r] of these rows from hidden states [r, d]."""
-        token = sample(head(model, hidden), self.temperature[rows], self.noise[rows, place])
+        temperature = None if self.temperature is None else self.temperature[rows]
+        token = sample(head(model, hidden), temperature, self.noise[rows, place])
         self.written[rows, place] = token
         is_last = torch.isin(token, self.stops) | (place == self.allowed[rows] - 1)
-        ended = is_last & (self.lengths[rows] == 0)
-        self.lengths[rows[ended]] = place[ended] + 1
+        lengths = self.lengths[rows]
+        self.lengths[rows] = torch.where(is_last & (lengths == 0), place + 1, lengths)
         return token
 
     def actions(self) -> list[list[int]]:
@@ -330,12 +333,19 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
         cache.advance()
         place = (rows.common[writing] + cache.length).clamp(max=rows.longest)
         token = rows.write(model, writing, hidden, place)
-        alive = rows.lengths[writing] == 0
+        if cache.length % passes_between_looks(hidden.device):
+            continue
+        alive = (rows.lengths[writing] == 0).nonzero()[:, 0]
         # Finished rows leave in bulk: moving the cache costs, too.
-        if alive.sum() < 0.8 * len(writing):
-            if alive.any():
-                cache.keep(alive.nonzero()[:, 0])
+        if len(alive) < 0.8 * len(writing):
+            if len(alive):
+                cache.keep(alive)
             writing, token = writing[alive], token[alive]
+
+
+def passes_between_looks(device: torch.device) -> int:
+    """How often the host looks which actions have ended: it waits for the GPU each time."""
+    return 8 if device.type == "cuda" else 1
 
 
 def within_context(model, positions: Tensor) -> Tensor:
@@ -401,7 +411,7 @@ def run_episodes(
                 progress(1)
             alive = [i for i, player in enumerate(players) if player.job or not player.done]
             if len(alive) < len(players):
-                cache.keep(torch.tensor(alive, device=model.device, dtype=torch.long))
+                cache.keep(alive)
                 hidden = hidden[alive]
                 players = [players[i] for i in alive]
             read_observations(model, players, cache, hidden, max_new_tokens)
@@ -421,16 +431,16 @@ def read_observations(model, players, cache: RowCache, hidden: Tensor, max_new_t
     """
     device = model.device
     reading = [i for i, player in enumerate(players) if not player.job and player.pending]
-    cache.lengths = torch.tensor([player.length for player in players], device=device)
+    cache.lengths = [player.length for player in players]
     for group in of_like_length(reading, lambda i: len(players[i].pending)):
         pending = [players[i].pending for i in group]
         width = max(map(len, pending))
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in pending], device=device)
-        rows = torch.tensor(group, device=device)
-        positions = within_context(model, cache.begin(width, rows))
+        padded = numbers([ids + [0] * (width - len(ids)) for ids in pending], device)
+        positions = within_context(model, cache.begin(width, group))
         states = forward(model, padded, positions, cache)
-        last = torch.tensor([len(ids) - 1 for ids in pending], device=device)
-        hidden[rows] = states[torch.arange(len(group), device=device), last].to(hidden.dtype)
+        last = numbers([len(ids) - 1 for ids in pending], device)
+        found = states[torch.arange(len(group), device=device), last]
+        hidden[cache.index] = found.to(hidden.dtype)
     for i in reading:
         player = players[i]
         player.length += len(player.pending)
@@ -451,28 +461,44 @@ def write_actions(
     device = model.device
     writing = [player.job is None for player in players]
     written = []
-    temperatures = torch.full((len(players),), float(temperature), device=device)
+    temperatures = None
+    if temperature > 0:
+        temperatures = torch.full((len(players),), float(temperature), device=device)
+
+    def read(token: Tensor) -> Tensor:
+        """One more token of each player. Those who do not write idle: their length stands still."""
+        positions = within_context(model, cache.begin(1))
+        states = forward(model, token[:, None], positions, cache)[:, 0]
+        cache.lengths = [length + writes for length, writes in zip(cache.lengths, writing)]
+        return states
+
     while any(writing) and 4 * len(written) < len(players):
+        count = passes_between_looks(device)
         noise = []
         for player, writes in zip(players, writing):
-            noise.append(player.noise[len(player.action)] if writes else 0.0)
+            begin = len(player.action)
+            numbers = player.noise[begin : begin + count] if writes else []
+            noise.append(numbers + [0.0] * (count - len(numbers)))
         noise = torch.tensor(noise, dtype=torch.float64).to(device)
-        token = sample(head(model, hidden), temperatures, noise)
-        for i, (player, value) in enumerate(zip(players, token.tolist())):
+        cache.lengths = [player.length for player in players]
+        tokens = [sample(head(model, hidden), temperatures, noise[:, 0])]
+        for place in range(1, count):
+            hidden = read(tokens[-1])
+            tokens.append(sample(head(model, hidden), temperatures, noise[:, place]))
+        for i, (player, values) in enumerate(zip(players, torch.stack(tokens, 1).tolist())):
             if not writing[i]:
                 continue
-            player.action.append(value)
-            if value in stops or len(player.action) == player.allowed:
-                player.pending = [value]
-                writing[i] = False
-                written.append(player)
+            # What is written beyond the end of an action nobody reads.
+            for value in values:
+                player.action.append(value)
+                if value in stops or len(player.action) == player.allowed:
+                    player.pending = [value]
+                    writing[i] = False
+                    written.append(player)
+                    break
+                player.length += 1
         if any(writing):
-            # The others idle: their length stands still.
-            cache.lengths = torch.tensor([player.length for player in players], device=device)
-            positions = within_context(model, cache.begin(1))
-            hidden = forward(model, token[:, None], positions, cache)[:, 0]
-            for player, writes in zip(players, writing):
-                player.length += writes
+            hidden = read(tokens[-1])
     return hidden, written
 
 

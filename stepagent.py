@@ -309,8 +309,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = default("bfloat16", tiny="float32")
     # tokens per forward pass in training, scoring and practice prefill
     micro_tokens: int = default(8192, least=1)
-    # practice actions decoded together at most; fewer where keys and values would take about a
-    # quarter of the memory
+    # practice actions decoded together at most; fewer where keys and values would not fit beside
+    # the weights
     leaves: int = default(256, tiny=1024, least=1)
     # episodes played together
     episodes: int = default(32, tiny=300, least=1)
@@ -462,20 +462,15 @@ def implicit_loss(scores: list[Scores], practised: list[Practised], beta: float,
     """Eq. 6 over the step pairs of these trajectories that differ, divided by `pairs`."""
     parts = []
     for now, before in zip(scores, practised):
-        differs = before.differs.to(now.trunk.device)  # [S, K]
-        expert = now.trunk[:, None].expand(differs.shape)  # [S] -> [S, K]
-        ref_expert = before.ref_expert.to(differs.device)[:, None].expand(differs.shape)
-        ref_agent = before.ref_agent.to(differs.device)
-        agent = now.leaves.view(differs.shape)
+        device = now.trunk.device
+        # [P] the pairs that differ, by step and by number: a mask would make the host wait.
+        step, number = before.differs.nonzero().T
+        ref_expert = before.ref_expert[step].to(device)
+        ref_agent = before.ref_agent[step, number].to(device)
+        step, number = step.to(device), number.to(device)
+        agent = now.leaves.view(before.differs.shape)[step, number]
         parts.append(
-            losses.dpo_loss(
-                expert[differs],
-                agent[differs],
-                ref_expert[differs],
-                ref_agent[differs],
-                beta,
-                pairs,
-            )  # eq. 6
+            losses.dpo_loss(now.trunk[step], agent, ref_expert, ref_agent, beta, pairs)  # eq. 6
         )
     return losses.add_up(parts)
 

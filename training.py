@@ -129,8 +129,8 @@ class Agent:
             yield bar
 
     def cache_room(self) -> int:
-        """Tokens whose keys and values take a quarter of the memory."""
-        return room(self.ranks, self.policy, self.config.dtype)
+        """Tokens whose keys and values fit beside the weights."""
+        return room(self.ranks, self.policy, self.config)
 
 
 # ---------------------------------------------------------------------- what an inspection leaves
@@ -369,7 +369,9 @@ def train(
         write_text(run.path(f"iter_{iteration}/batches.json"), json.dumps(tasks))
     policy.train()
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    # On a GPU one kernel for all weights; on CPUs it is no faster.
+    fused = ranks.device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=fused)
     label = f"iteration {iteration}: {name}" if iteration else name
     for step, batch in updates(run, ranks, policy, optimizer, batches, label):
         started = time.time()
@@ -379,9 +381,12 @@ def train(
                 loss, figures = loss_of(micro, batch)
             (weight * loss).backward()
             for key, figure in figures.items():
-                info[key] += weight * figure.item()
-        info = ranks.sum_gradients(policy, info)
+                info[key] += weight * figure.double()
+        ranks.sum_gradients(policy)
         norm = ranks.clip(policy, config.grad_norm)
+        # All figures are read at once: each time the host waits for a GPU.
+        *figures, norm = torch.stack([*info.values(), norm.double()]).tolist()
+        info = ranks.sum_figures(dict(zip(info, figures)))
         check_finite(agent, name, iteration, step, batch, info | {"grad_norm": norm})
         rate = rate_at(step)
         for group in optimizer.param_groups:
@@ -502,8 +507,8 @@ def play(
     longest = 2 * max(demonstration.encoded.tokens for demonstration in agent.experts)
     longest = min(longest, agent.policy.config.max_position_embeddings)
     with agent.generating(label, len(mine)) as bar:
-        # The cache grows by half.
-        fits = int(agent.cache_room() / (1.5 * longest))
+        # The cache grows by a quarter.
+        fits = int(agent.cache_room() / (1.25 * longest))
         played = run_episodes(
             agent.policy,
             agent.tokenizer,

@@ -73,6 +73,8 @@ class TrunkAndLeaves:
         self.prefixes: list[int] = []
         # (piece, window) -> mask, which the layers share.
         self.masks: dict[tuple, Tensor] = {}
+        # Position, leaf and branch of each token, [3, T].
+        self.row: Tensor | None = None
         # layer -> keys, values of the row. A dict here keeps them: that is what a prefill is for.
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
 
@@ -105,7 +107,7 @@ class TrunkAndLeaves:
 
     def tensors(self, device) -> tuple[Tensor, Tensor]:
         """Token ids and positions of the row, [1, T] each, as a model reads them."""
-        ids, positions = torch.tensor([self.ids, self.position], device=device)
+        ids, positions = numbers([self.ids, self.position], device)
         return ids[None], positions[None]
 
     def attend(self, layer, query, key, value, scaling, window):
@@ -115,26 +117,29 @@ class TrunkAndLeaves:
         # split, not slices: the gradient of each slice would be a whole row of zeros.
         queries, keys, values = (part.split(self.sizes, 2) for part in (query, key, value))
         outputs = []
+        group = query.shape[1] // key.shape[1]
         for piece, (trunk, prefix) in enumerate(zip(self.trunks, self.prefixes)):
             seen_keys, seen_values = keys[piece], values[piece]
             is_causal = piece == trunk and (window is None or window >= self.sizes[piece])
-            mask = None if is_causal else self.mask(piece, window, query.device)
+            mask = None if is_causal else self.mask(piece, window, query, group)
             if piece != trunk:
                 seen_keys = torch.cat([keys[trunk][:, :, :prefix], seen_keys], 2)
                 seen_values = torch.cat([values[trunk][:, :, :prefix], seen_values], 2)
             outputs.append(attention(queries[piece], seen_keys, seen_values, scaling, mask))
         return torch.cat(outputs, 2)
 
-    def mask(self, piece: int, window: int | None, device) -> Tensor:
-        """True where a token of the piece sees one of [its trunk's prefix, the piece]."""
+    def mask(self, piece: int, window: int | None, like: Tensor, group: int) -> Tensor:
+        """For a piece that attends to [its trunk's prefix, itself]."""
         if (piece, window) not in self.masks:
+            if self.row is None:
+                self.row = numbers([self.position, self.leaf, self.branch], like.device)
             trunk_start = sum(self.sizes[: self.trunks[piece]])
             start = sum(self.sizes[:piece])
-            query = torch.arange(start, start + self.sizes[piece], device=device)
-            prefix = torch.arange(trunk_start, trunk_start + self.prefixes[piece], device=device)
-            row = torch.tensor([self.position, self.leaf, self.branch], device=device)
+            query = torch.arange(start, start + self.sizes[piece], device=like.device)
+            prefix = trunk_start + torch.arange(self.prefixes[piece], device=like.device)
             key = torch.cat([prefix, query])
-            self.masks[piece, window] = sees(*row, query[:, None], key[None, :], window)
+            seen = sees(*self.row, query[:, None], key[None, :], window)
+            self.masks[piece, window] = additive(seen, like, group)
         return self.masks[piece, window]
 
 
@@ -185,15 +190,13 @@ class LeafCache:
         self.masks: dict[int | None, Tensor] = {}
 
     def _mask(self, window: int | None, group: int, like: Tensor) -> Tensor:
-        """Added to scores: what no query of a column may see. [N, 1, W * G, L]"""
+        """What the queries of each column see of their trunk. [N, 1, W * G, L]"""
         if window not in self.masks:
             trunk_position = torch.arange(self.longest, device=like.device)
-            hidden = trunk_position >= self.limit[..., None]
+            seen = trunk_position < self.limit[..., None]
             if window:
-                hidden |= trunk_position <= self.limit[..., None] + self.length - window
-            hidden = hidden.repeat_interleave(group, 1)[:, None]
-            # Finite, as an empty column sees nothing at all.
-            self.masks[window] = like.new_zeros(hidden.shape).masked_fill_(hidden, -1e30)
+                seen &= trunk_position > self.limit[..., None] + self.length - window
+            self.masks[window] = additive(seen.repeat_interleave(group, 1)[:, None], like)
         return self.masks[window]
 
     def advance(self):
@@ -210,8 +213,7 @@ class LeafCache:
         # The softmax over both is the two softmaxes, weighed by their normalisers:
         # e^trunk_norm / (e^trunk_norm + e^leaf_norm) is the trunk's share.
         trunk_share = torch.sigmoid(trunk_norm - leaf_norm)[..., None].to(value.dtype)
-        out = trunk_share * trunk_out + (1 - trunk_share) * leaf_out
-        return out.reshape(query.shape)
+        return torch.lerp(leaf_out, trunk_out, trunk_share).reshape(query.shape)
 
     def _over_leaves(self, layer, query, key, value, scaling, window) -> tuple[Tensor, Tensor]:
         """query [R, H_kv, G, D] -> output [R, H_kv, G, D] and log-normaliser [R, H_kv, G]."""
@@ -232,15 +234,14 @@ class LeafCache:
         _, kv_heads, group, width = query.shape
         keys, values = (part[:, :, : self.longest] for part in self.trunks[layer])
         trunks, columns = self.limit.shape
-        grid = query.new_zeros(trunks, columns, kv_heads, group, width)
-        grid[self.owner, self.column] = query
-        # [N, W, H_kv, G, D] -> [N, H_kv, W * G, D]
-        grid = grid.transpose(1, 2).reshape(trunks, kv_heads, columns * group, width)
+        grid = query.new_zeros(trunks, kv_heads, columns, group, width)
+        grid[self.owner, :, self.column] = query
         mask = self._mask(window, group, query)
-        out, norm = attention_and_norm(grid, keys, values, scaling, mask)
-        # [N, H_kv, W * G, ..] -> [N, W, H_kv, G, ..] -> [R, H_kv, G, ..]
-        out, norm = (part.unflatten(2, (columns, group)).transpose(1, 2) for part in (out, norm))
-        return out[self.owner, self.column], norm[self.owner, self.column]
+        # [N, H_kv, W, G, D] -> [N, H_kv, W * G, D]
+        out, norm = attention_and_norm(grid.flatten(2, 3), keys, values, scaling, mask)
+        # [N, H_kv, W * G, ..] -> [N, H_kv, W, G, ..] -> [R, H_kv, G, ..]
+        out, norm = (part.unflatten(2, (columns, group)) for part in (out, norm))
+        return out[self.owner, :, self.column], norm[self.owner, :, self.column]
 
     def keep(self, rows: Tensor):
         """Only these rows go on."""
@@ -279,90 +280,131 @@ class RowCache:
     """Keys and values of running episodes, kept across turns.
 
     Row r holds lengths[r] tokens and may get several new ones in one call. A row whose length is
-    set to 0 is as good as new.
+    set to 0 is as good as new. Lengths are the host's: nobody waits for a GPU to tell them.
     """
 
     def __init__(self, rows: int, device):
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.device = device
+        self.lengths = [0] * rows
         # layer -> keys, values [R, H_kv, capacity, D].
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, width: int, rows: Tensor | None = None) -> Tensor:
+    def begin(self, width: int, rows: list[int] | None = None) -> Tensor:
         """Announces `width` new tokens for these rows (ascending; None: all). -> [R, width]."""
-        if rows is None:
-            rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        lengths = self.lengths[rows]
-        self.rows = rows
-        self.positions = lengths[:, None] + torch.arange(width, device=lengths.device)
-        self.end = int(lengths.max()) + width
+        self.rows = list(range(len(self.lengths))) if rows is None else rows
+        lengths = [self.lengths[row] for row in self.rows]
+        self.end = max(lengths) + width
+        self.all_begin = self.end == width
+        self.index, starts = numbers([self.rows, lengths], self.device)
+        self.positions = starts[:, None] + torch.arange(width, device=self.device)
         self.masks: dict[int | None, Tensor] = {}
         return self.positions
 
     def attend(self, layer, query, key, value, scaling, window):
         """[R, H, T, D] -> [R, H, T, D]: over all tokens of the row so far."""
         self._write(layer, key, value)
+        if self.all_begin and (window is None or window >= self.end):
+            return attention(query, key, value, scaling)
         keys, values = (buffer[:, :, : self.end] for buffer in self.buffers[layer])
         if len(self.rows) < len(self.lengths):
-            keys, values = keys[self.rows], values[self.rows]
-        mask = self._mask(window, query.device)
-        if query.shape[2] > 1:
-            return attention(query, keys, values, scaling, mask)
-        # One token a row: query heads that share keys become rows of one product.
-        folded = query.view(len(query), key.shape[1], -1, query.shape[3])
-        return attention(folded, keys, values, scaling, mask).view(query.shape)
+            keys, values = keys[self.index], values[self.index]
+        mask = self._mask(window, query, query.shape[1] // key.shape[1])
+        return attention(query, keys, values, scaling, mask)
 
-    def _mask(self, window: int | None, device) -> Tensor:
-        """True where a new token sees a token of its row. [R, 1, T, L], layers share it."""
+    def _mask(self, window: int | None, like: Tensor, group: int) -> Tensor:
+        """What a new token sees of its row. Layers share it."""
         if window not in self.masks:
-            key_position = torch.arange(self.end, device=device)
-            mask = key_position <= self.positions[..., None]
+            key_position = torch.arange(self.end, device=like.device)
+            seen = key_position <= self.positions[..., None]
             if window:
-                mask &= key_position > self.positions[..., None] - window
-            self.masks[window] = mask[:, None]
+                seen &= key_position > self.positions[..., None] - window
+            self.masks[window] = additive(seen[:, None], like, group)
         return self.masks[window]
 
     def _write(self, layer, key, value):
         buffers = self.buffers.get(layer)
         old = 0 if buffers is None else buffers[0].shape[2]
         if old < self.end:
-            capacity = max(128, self.end, 3 * old // 2)
+            capacity = max(128, self.end, 5 * old // 4)
             self.buffers[layer] = buffers = grown(buffers, key, len(self.lengths), capacity)
         for buffer, new in zip(buffers, (key, value)):
             # The padding of a short row is overwritten by its next tokens.
-            buffer[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+            buffer[self.index[:, None], :, self.positions] = new.transpose(1, 2)
 
-    def keep(self, rows: Tensor):
+    def keep(self, rows: list[int]):
         """Only these rows go on."""
-        self.lengths = self.lengths[rows]
-        keep_rows(self.buffers, rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        keep_rows(self.buffers, torch.tensor(rows, dtype=torch.long, device=self.device))
 
 
 # --------------------------------------------------------------------------- attention and sampling
 
 
 def attention(query, key, value, scaling, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, grouped heads; causal without a mask."""
-    group = query.shape[1] // key.shape[1]
-    if query.is_cuda and (mask is not None or query.dtype == torch.float32):
-        # Fused kernels on CUDA know grouped heads only without a mask and in half precision.
-        key = key.repeat_interleave(group, 1)
-        value = value.repeat_interleave(group, 1)
-        group = 1
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=group > 1
+    """Scaled dot-product attention [R, H, T, D], grouped heads; causal without a mask.
+
+    mask: made by `additive`.
+    """
+    kv_heads = key.shape[1]
+    shape = query.shape
+    if mask is not None and (shape[2] == 1 or folds(query)):
+        # [R, H_kv * G, T, D] -> [R, H_kv, G * T, D]: keys are read once for the group.
+        query = query.reshape(shape[0], kv_heads, -1, shape[3])
+    elif query.is_cuda and query.dtype == torch.float32:
+        # Fused kernels on CUDA know grouped heads in half precision only.
+        key, value = (part.repeat_interleave(shape[1] // kv_heads, 1) for part in (key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+    return out.reshape(shape)
+
+
+# Finite, as a query of LeafCache's empty columns sees nothing at all.
+HIDDEN = -1e30
+
+
+def additive(seen: Tensor, like: Tensor, group: int = 1) -> Tensor:
+    """A mask that is added to scores: 0 where a token is seen. [.., T, L] -> [.., T, L].
+
+    Kernels want it so, and each layer would make its own from a mask of truth values. Where
+    `attention` folds the group's query heads, the mask has rows for all of them: [.., G * T, L].
+    """
+    *rows, tokens, length = seen.shape
+    if tokens > 1 and folds(like):
+        seen = torch.cat([seen] * group, -2)
+    # The fused kernel of CUDA wants rows to lie a multiple of 16 numbers apart.
+    wide = like.new_zeros(*rows, seen.shape[-2], length + -length % 16)
+    return wide[..., :length].masked_fill_(~seen, HIDDEN)
+
+
+def folds(query: Tensor) -> bool:
+    """CUDA's fused kernels take no mask together with grouped heads. On CPUs it costs a little."""
+    return query.is_cuda
 
 
 def attention_and_norm(query, key, value, scaling, mask=None) -> tuple[Tensor, Tensor]:
     """Attention [R, H, T, D] without a causal mask, and the log of each softmax's normaliser, fp32.
 
-    mask: added to scores, [R, 1, T, L].
+    mask: added to scores, [R, 1, T, L]. The kernels are those behind sdpa, which itself does not
+    give the normalisers.
     """
     if query.device.type == "cpu":
-        # The kernel behind sdpa on CPUs; sdpa itself does not give the normalisers.
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, attn_mask=mask, scale=scaling)
+    if query.is_cuda and query.dtype != torch.float64:
+        return efficient_attention(query, key, value, scaling, mask)
     return attention_and_norm_plain(query, key, value, scaling, mask)
+
+
+def efficient_attention(query, key, value, scaling, mask) -> tuple[Tensor, Tensor]:
+    """The same by CUDA's memory-efficient kernel."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    out, norm, *_ = kernel(query, key, value, mask, True, scale=scaling)
+    # It gives normalisers of 32, 64, .. queries.
+    return out, norm[..., : query.shape[2]]
 
 
 def attention_and_norm_plain(query, key, value, scaling, mask=None) -> tuple[Tensor, Tensor]:
@@ -372,18 +414,17 @@ def attention_and_norm_plain(query, key, value, scaling, mask=None) -> tuple[Ten
     return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
 
 
-def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor | None, u: Tensor) -> Tensor:
     """One token a row. logits [R, V]; temperature [R], 0 = greedy; u [R] uniform in [0, 1). -> [R]
 
-    u is the row's own random number, looked up in the distribution function: the token does not
-    depend on what else is in the batch.
+    temperature None: greedy everywhere. u is the row's own random number, looked up in the
+    distribution function: the token does not depend on what else is in the batch.
     """
-    logits = logits.float()
     greedy = logits.argmax(-1)
-    if not (temperature > 0).any():
+    if temperature is None:
         return greedy
     divisor = torch.where(temperature > 0, temperature, 1.0)[:, None]
-    cumulative = torch.softmax(logits / divisor, -1).double().cumsum(-1)
+    cumulative = torch.softmax(logits.float() / divisor, -1).double().cumsum(-1)
     # The sum may round to a little less or more than 1. Scaled by it, u < 1 stays below the end:
     # a token of probability 0 is never found.
     target = u[:, None] * cumulative[:, -1:]
@@ -391,6 +432,11 @@ def sample(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     # Where the logits are nan nothing is found.
     drawn = drawn.clamp(max=logits.shape[1] - 1)
     return torch.where(temperature > 0, drawn, greedy)
+
+
+def numbers(integers: list, device) -> Tensor:
+    """Integers, or lists of them, on a device; a GPU goes on with its work meanwhile."""
+    return torch.tensor(integers, dtype=torch.long).to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------- the model's side of it
@@ -458,17 +504,29 @@ def scoring(
     return hidden, *chunked_head(model, hidden[0, rows], targets, with_entropy)
 
 
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of the head at once.
+
+    On CPUs 2^21 logits, which a cache holds. A GPU wants few chunks: each casts the head's weights
+    and adds up their gradient, and 2^27 logits take 3 GB. 256 rows at least.
+    """
+    if device == "cuda":
+        return min(2048, max(256, 2**27 // vocabulary))
+    return max(256, 2**21 // vocabulary)
+
+
 def chunked_head(
     model, hidden: Tensor, targets: Tensor, with_entropy: bool, rows: int = 0, most: int = 2**25
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and, if wanted, entropies [N] of targets [N] at hidden [N, d], in chunks of `rows`.
 
-    rows 0: 2^21 logits a chunk, which a cache holds, but 256 rows at least. More than `most` logits
-    in all (128 MiB in fp32) never exist at once: the backward pass computes them again.
+    More than `most` logits in all (128 MiB in fp32) never exist at once, unless one chunk has them:
+    the backward pass computes them again.
     """
     vocabulary = model.config.vocab_size
-    rows = rows or max(256, 2**21 // vocabulary)
-    recompute = torch.is_grad_enabled() and len(targets) * vocabulary > most
+    rows = rows or chunk_rows(vocabulary, hidden.device.type)
+    too_many = len(targets) > rows and len(targets) * vocabulary > most
+    recompute = torch.is_grad_enabled() and too_many
 
     def chunk(hidden_part, target_part):
         logits = head(model, hidden_part)

@@ -120,7 +120,9 @@ def learnt_tensors(policy: nn.Module, optimizer) -> dict[str, Tensor]:
         if parameter.requires_grad:
             state = optimizer.state[parameter]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                # A fused AdamW counts on the device.
+                device = parameter.device if optimizer.defaults["fused"] else "cpu"
+                state["step"] = torch.zeros((), device=device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             tensors[name] = parameter.detach()

@@ -37,6 +37,9 @@ def use_tree_attention(model: PreTrainedModel) -> None:
         except InputError:
             model.set_attn_implementation(usual)
             raise
+    # Where torch prefers cuDNN's attention (2.11 on Hopper), each new length costs a plan of its
+    # own, up to a second. Lengths are new in every pass here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # A method of the model, so that sharded weights are gathered around trunk and head alike.
     model.scoring = MethodType(scoring, model)
     turn_dropout_off(model)
@@ -160,7 +163,7 @@ def played_logits(model, trunk: list[int]) -> Tensor:
     for turn in (trunk[:7], trunk[7:-1], trunk[-1:]):
         ids = torch.tensor([turn], device=model.device)
         logits.append(head(model, forward(model, ids, cache.begin(len(turn)), cache)[0]))
-        cache.lengths += len(turn)
+        cache.lengths[0] += len(turn)
     return torch.cat(logits)
 
 

@@ -98,6 +98,7 @@ def load_policy(
     policy = prepare(read_policy(folder, torch.bfloat16 if half else torch.float32), config)
     if config.lora_rank and saved:
         read_weights(run, ranks, policy, saved)
+    policy.placed = placed
     return policy.to(ranks.device), tokenizer
 
 

@@ -60,34 +60,38 @@ class Ranks:
         dist.all_gather_object(parts, part)
         return parts
 
-    def sum_gradients(self, policy: nn.Module, info: dict[str, float]) -> dict[str, float]:
-        """Sums gradients, in place, and figures over the ranks; FSDP has summed its gradients."""
+    def sum_gradients(self, policy: nn.Module) -> None:
+        """Over the ranks, in place; FSDP has done so."""
+        if self.world == 1 or isinstance(policy, FSDPModule):
+            return
+        learnt = [p for p in policy.parameters() if p.requires_grad]
+        for parameter in learnt:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for grads in grouped([p.grad for p in learnt], Tensor.numel, MESSAGE):
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(summed.view_as(grad))
+
+    def sum_figures(self, info: dict[str, float]) -> dict[str, float]:
+        """Over the ranks."""
         if self.world == 1:
             return info
-        if not isinstance(policy, FSDPModule):
-            learnt = [p for p in policy.parameters() if p.requires_grad]
-            for parameter in learnt:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            for grads in grouped([p.grad for p in learnt], Tensor.numel, MESSAGE):
-                flat = torch.cat([grad.flatten() for grad in grads])
-                dist.all_reduce(flat)
-                for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads])):
-                    grad.copy_(summed.view_as(grad))
         total = defaultdict(float)
         for part in self.gather(dict(info)):
             for name, figure in part.items():
                 total[name] += figure
         return total
 
-    def clip(self, policy: nn.Module, most: float) -> float:
+    def clip(self, policy: nn.Module, most: float) -> Tensor:
         """Clips the norm of the whole gradient, wherever its pieces are; -> the norm before."""
         learnt = [p for p in policy.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learnt])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(learnt, most, norm)
-        return norm.item()
+        return norm
 
     def shares(self, items: Iterable, size: Callable) -> list[list]:
         """Items for each rank, of about equal total size: the largest first, to who has least."""

@@ -20,7 +20,7 @@ from rollout import score
 from system.errors import InputError
 from system.ranks import Ranks
 from trajectory import Encoded
-from tree import empty_pass, kv_bytes
+from tree import chunk_rows, empty_pass, kv_bytes
 
 
 def layers_of(policy: nn.Module) -> nn.ModuleList:
@@ -41,15 +41,17 @@ def activation_bytes(shape, width: int, checkpointing: bool) -> float:
     return width * numbers * shape.num_hidden_layers
 
 
-def training_bytes(policy: nn.Module, config, split: int = 1) -> dict[str, float]:
+def training_bytes(
+    policy: nn.Module, config, split: int = 1, device: str = "cuda"
+) -> dict[str, float]:
     """Bytes on one device, by arithmetic; the policy may be on the meta device.
 
     held: weights, gradients and Adam's moments. update: the peak of a training pass. generate: all
     weights ready to decode, without keys and values. least: the same, gathered layer by layer.
-    split: how many ranks share the weights.
+    split: how many ranks share the weights. device: CPUs read the head in smaller chunks.
     """
     shape = policy.config
-    width = 2 if config.dtype == "bfloat16" else 4
+    width = compute_width(config)
     weights = sum(p.numel() for p in policy.parameters())
     learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copies = 0
@@ -72,7 +74,7 @@ def training_bytes(policy: nn.Module, config, split: int = 1) -> dict[str, float
         copies = width * weights if width == 2 else 0
         generate = least = 4 * weights + copies
     activations = config.micro_tokens * activation_bytes(shape, width, config.checkpointing)
-    logits = 24 * max(2**23, 256 * shape.vocab_size)
+    logits = 24 * max(2**23, chunk_rows(shape.vocab_size, device) * shape.vocab_size)
     update = held + copies + activations + logits
     return {"held": held, "update": update, "generate": generate, "least": least}
 
@@ -82,7 +84,7 @@ class Placement:
     # How many ranks share the weights, 1 where each has all: those of a node or, if it is too
     # small, all of them.
     pieces: int
-    # A device can hold all weights while it decodes, beside a quarter for keys and values.
+    # A device can hold all weights while it decodes, in 0.7 of its memory.
     gathers_whole: bool
 
 
@@ -93,7 +95,8 @@ def placement(ranks: Ranks, policy: nn.Module, config) -> Placement:
     """
     # The smallest device decides for all ranks.
     memory = min(part["memory"] for part in ranks.gather({"memory": ranks.memory()}))
-    too_large = training_bytes(policy, config)["update"] > 0.9 * memory
+    device = ranks.device.type
+    too_large = training_bytes(policy, config, 1, device)["update"] > 0.9 * memory
     wanted = config.shard == "true" or (config.shard == "auto" and too_large)
     sharded = wanted and ranks.world > 1 and not config.lora_rank
     pieces = ranks.split() if sharded else 1
@@ -133,7 +136,7 @@ def shard(ranks: Ranks, policy: nn.Module, placed: Placement, dtype: str) -> Non
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     register_forward(policy, "scoring")
-    policy.gathers_whole = placed.gathers_whole
+    policy.placed = placed
     policy.to_empty(device=ranks.device)
     policy.tie_weights()
     # A first pass makes the policy the root of its parts, before any of them is gathered alone.
@@ -161,9 +164,18 @@ def fill(ranks: Ranks, policy: nn.Module, whole: nn.Module | None) -> None:
         buffer.copy_(buffers[name])
 
 
-def room(ranks: Ranks, policy: nn.Module, dtype: str) -> int:
-    """Tokens whose keys and values take a quarter of the memory."""
-    return ranks.memory() // 4 // kv_bytes(policy, 2 if dtype == "bfloat16" else 4)
+def room(ranks: Ranks, policy: nn.Module, config) -> int:
+    """Tokens whose keys and values take three quarters of what the weights leave of the memory."""
+    memory = ranks.memory()
+    need = training_bytes(policy, config, policy.placed.pieces)
+    left = memory - need["generate" if policy.placed.gathers_whole else "least"]
+    # Where weights take nearly all of it, something must be tried.
+    return int(0.75 * max(left, memory / 16) // kv_bytes(policy, compute_width(config)))
+
+
+def compute_width(config) -> int:
+    """Bytes of a number in the compute type."""
+    return 2 if config.dtype == "bfloat16" else 4
 
 
 @contextmanager
@@ -177,11 +189,12 @@ def gathered(ranks: Ranks, policy: nn.Module):
     if not isinstance(policy, FSDPModule):
         yield
         return
-    policy.set_reshard_after_forward(False, recurse=policy.gathers_whole)
-    for part in policy.modules() if policy.gathers_whole else [policy]:
+    whole = policy.placed.gathers_whole
+    policy.set_reshard_after_forward(False, recurse=whole)
+    for part in policy.modules() if whole else [policy]:
         if isinstance(part, FSDPModule):
             part.unshard()
-    if policy.gathers_whole:
+    if whole:
         yield
     else:
 

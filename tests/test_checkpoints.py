@@ -47,7 +47,7 @@ def learn(out: Path, seconds: float = 0.0, **options) -> torch.nn.Module:
             # Each update is the work of one rank; the sum over ranks is the same for any number.
             if batch % ranks.world == ranks.rank:
                 policy(torch.tensor([1.0, batch, 2.0])).pow(2).sum().backward()
-            ranks.sum_gradients(policy, {})
+            ranks.sum_gradients(policy)
             optimizer.step()
             optimizer.zero_grad()
             here.log("sft", 0, step, weight=policy.weight[0, 0].item())
@@ -309,3 +309,13 @@ def test_one_process_continues_what_two_ranks_have_begun(tmp_path, words, whole,
     assert_alike(whole, out)
     moved = distance(weights(whole / "policy"), weights(whole / "sft" / "policy"))
     assert distance(weights(whole / "policy"), weights(out / "policy")) < 1e-3 * moved
+
+
+def test_a_fused_optimizer_counts_on_the_device_of_its_weights():
+    """As on CUDA; the usual one counts in the host's memory."""
+    policy = torch.nn.Linear(3, 2, device="meta")
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        optimizer = torch.optim.AdamW(policy.parameters())
+        optimizer.defaults["fused"] = fused
+        checkpoints.learnt_tensors(policy, optimizer)
+        assert {state["step"].device.type for state in optimizer.state.values()} == {device}

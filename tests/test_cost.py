@@ -28,7 +28,7 @@ from system.family import use_tree_attention
 from system.options import parse
 from system.sharding import training_bytes
 from trajectory import Encoded, Step, Trajectory, action_ids, encode, prompt_ids, state_ids
-from tree import chunked_head
+from tree import chunk_rows, chunked_head
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -283,7 +283,7 @@ def peak(backbone: cost.Backbone, tokens: int, scored: int, entropy: bool) -> in
 
 def needs(backbone: cost.Backbone, micro_tokens: int) -> dict[str, float]:
     settings = replace(cost.SETTINGS, micro_tokens=micro_tokens)
-    return training_bytes(backbone.policy, settings)
+    return training_bytes(backbone.policy, settings, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,16 @@ def test_bytes_of_a_chunk_of_logits():
     chunk = need["update"] - need["held"] - 2 * backbone.parameters
     assert chunk == 24 * 256 * 40000
     assert peak(backbone, 1025, 1024, True) == pytest.approx(chunk, rel=0.1)
+
+
+@pytest.mark.parametrize("vocab, rows", [(4000, 2048), (128256, 1046), (10**6, 256)])
+def test_chunks_of_a_gpu_are_larger_and_counted(vocab, rows):
+    assert chunk_rows(vocab, "cuda") == rows
+    backbone = small(num_hidden_layers=1, vocab_size=vocab)
+    settings = replace(cost.SETTINGS, micro_tokens=0)
+    need = training_bytes(backbone.policy, settings)
+    chunk = need["update"] - need["held"] - 2 * backbone.parameters
+    assert chunk == 24 * max(2**23, rows * vocab)
 
 
 @pytest.mark.parametrize("vocab", [4000, 131072])

@@ -123,6 +123,21 @@ def test_episodes_with_a_kept_cache_are_episodes_computed_from_scratch(family, m
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_looking_seldom_changes_no_episode(temperature, monkeypatch):
+    """As on CUDA, where a look waits for the GPU. The context ends some episodes, and actions."""
+    model, tokenizer = talker(tiny.mistral, "mistral", context=150)
+
+    def play():
+        more = {"temperature": temperature, "max_new_tokens": 11, "batch": 3}
+        return run_episodes(model, tokenizer, Parrot(), TASKS, **more)
+
+    often = play()
+    assert any(episode.info.get("outgrown") for episode in often)
+    monkeypatch.setattr(rollout, "passes_between_looks", lambda device: 8)
+    assert play() == often
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_batch_size_does_not_change_episodes(temperature):
     model, tokenizer = talker(tiny.mistral, "mistral")
 

@@ -294,3 +294,10 @@ def test_an_outline_without_weights_is_not_checked():
     use_tree_attention(model)
     assert model.config._attn_implementation == tree.NAME
     assert model.scoring.__self__ is model
+
+
+def test_tree_attention_keeps_cudnns_kernels_out():
+    """They build a plan for each new length, and lengths are new in every pass."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    use_tree_attention(tiny.model())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from tiny import STOPS, example, late_branches, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import naive
 import rollout
@@ -215,6 +216,20 @@ def test_gradient_checkpointing_changes_nothing(family, made):
     assert torch.equal(joined(plain, "trunk"), joined(again, "trunk"))
     assert torch.equal(joined(plain, "leaves"), joined(again, "leaves"))
     assert all(map(torch.equal, plain_gradients, again_gradients))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_score_with_folded_heads(family, monkeypatch):
+    """As on CUDA, where query heads that share keys stand one behind the other under a mask."""
+    model = tiny.model(family)
+    encoded, leaves = late_branches()
+    plain = score(model, encoded, leaves, with_entropy=True)
+    plain_gradients = gradients(model, loss_of(plain))
+    monkeypatch.setattr(tree, "folds", lambda query: True)
+    folded = score(model, encoded, leaves, with_entropy=True)
+    assert close(joined(folded, "trunk"), joined(plain, "trunk"))
+    assert close(joined(folded, "leaves"), joined(plain, "leaves"))
+    assert_same_gradients(gradients(model, loss_of(folded)), plain_gradients)
 
 
 def test_entropies_are_computed_only_when_asked():
@@ -489,6 +504,54 @@ def test_finished_rows_leave_the_batch():
     prefill, *decoded = rows
     assert prefill == 1
     assert needed <= sum(decoded) <= needed / 0.8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_looking_seldom_changes_no_action(temperature, monkeypatch):
+    """As on CUDA, where a look waits for the GPU."""
+    model = tiny.model("mistral", context=40)
+    encoded, _ = example()
+
+    def draw():
+        return practice(model, encoded, 4, temperature, 20, STOPS, seeded(0, 1, 2))
+
+    often = draw()
+    monkeypatch.setattr(rollout, "passes_between_looks", lambda device: 8)
+    assert draw() == often
+    assert len({len(ids) for ids in flat(often)}) > 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts the calls for which the host would wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_truth = False
+        if name.startswith("index"):
+            indices = [index for index in args[1] if index is not None]
+            by_truth = any(index.dtype == torch.bool for index in indices)
+        self.count += by_truth or name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_looks_the_host_waits_for_nothing(monkeypatch):
+    model = tiny.model()
+    use_tree_attention(model)
+    encoded, _ = example()
+    monkeypatch.setattr(rollout, "passes_between_looks", lambda device: 8)
+    waits = []
+    for longest in (9, 25):
+        with Waits() as counted:
+            practice(model, encoded, 2, [0.0, 1.0], longest, {-1}, seeded(0, 0, 0))
+        waits.append(counted.count)
+    # Sixteen passes more: two looks.
+    assert waits[1] - waits[0] == 2
 
 
 def test_sampling_does_not_depend_on_packing():

@@ -98,7 +98,8 @@ def test_the_masks_of_the_pieces_are_the_paths(window):
         for piece, (trunk, prefix) in enumerate(zip(row.trunks, row.prefixes)):
             query = torch.arange(starts[piece], starts[piece] + row.sizes[piece])
             before = torch.arange(starts[trunk], starts[trunk] + prefix)
-            found[query[:, None], torch.cat([before, query])] = row.mask(piece, window, "cpu")
+            mask = row.mask(piece, window, torch.zeros(1), group=2)
+            found[query[:, None], torch.cat([before, query])] = mask == 0
         assert torch.equal(found, seen_on_paths(paths, window))
 
 
@@ -239,7 +240,7 @@ class Rows:
     def read_tokens(self, rows: list[int] | None, counts: list[int]):
         """Row rows[i], ascending, reads counts[i] tokens; shorter ones are padded."""
         width = max(counts)
-        positions = self.cache.begin(width, rows if rows is None else torch.tensor(rows))
+        positions = self.cache.begin(width, rows)
         query, key, value = random_projections(len(counts), width)
         found = self.cache.attend(0, query, key, value, SCALING, self.window)
         for i, row in enumerate(range(len(counts)) if rows is None else rows):
@@ -263,7 +264,7 @@ class Rows:
         self.cache.lengths[row] = 0
 
     def keep(self, rows: list[int]):
-        self.cache.keep(torch.tensor(rows))
+        self.cache.keep(rows)
         self.read = [self.read[row] for row in rows]
 
 
@@ -285,6 +286,16 @@ def test_rows_attend_over_all_that_they_have_read(window):
                 rows.keep(sorted(rng.sample(range(count), max(1, count - 1))))
 
 
+def test_rows_that_all_begin_need_no_mask():
+    """Unless a window is shorter than what they read."""
+    for window, masks in ((None, []), (5, []), (4, [4])):
+        rows = Rows(3, window)
+        rows.read_tokens(None, [5, 2, 3])
+        assert list(rows.cache.masks) == masks
+        rows.read_tokens(None, [1, 1, 1])
+        assert list(rows.cache.masks) == [window]
+
+
 @pytest.mark.parametrize("queries", [1, 4, 9])
 def test_episodes_attend_in_bfloat16_as_in_float(queries):
     torch.manual_seed(0)
@@ -293,7 +304,7 @@ def test_episodes_attend_in_bfloat16_as_in_float(queries):
     new = random_projections(3, queries, torch.bfloat16)
     cache.begin(40)
     cache.attend(0, *old, SCALING, None)
-    cache.lengths = torch.tensor(lengths)
+    cache.lengths = lengths
     cache.begin(queries)
     found = cache.attend(0, *new, SCALING, None)
     for row, length in enumerate(lengths):
@@ -305,6 +316,46 @@ def test_episodes_attend_in_bfloat16_as_in_float(queries):
 
 
 # --------------------------------------------------------------------------- attention and sampling
+
+
+@pytest.mark.parametrize("rows, tokens, length", [(1, 9, 35), (3, 6, 16), (3, 1, 20)])
+def test_query_heads_folded_into_the_length_attend_as_before(monkeypatch, rows, tokens, length):
+    """As on CUDA; values and gradients."""
+    torch.manual_seed(0)
+    query, _, _ = random_projections(rows, tokens)
+    _, key, value = random_projections(rows, length)
+    projections = [query, key, value]
+    for part in projections:
+        part.requires_grad_()
+    seen = torch.rand(rows, 1, tokens, length) < 0.5
+    seen[..., 0] = True
+    found = []
+    for folded in (False, True):
+        monkeypatch.setattr(tree, "folds", lambda query, folded=folded: folded)
+        mask = tree.additive(seen, query, HEADS // KV_HEADS)
+        # The rows of a mask begin at multiples of 16 numbers.
+        assert mask.shape[2] == (tokens if tokens == 1 or not folded else 2 * tokens)
+        assert mask.stride(2) % 16 == 0
+        out = tree.attention(query, key, value, SCALING, mask)
+        gradients = torch.autograd.grad((out * torch.arange(WIDTH)).sum(), projections)
+        found.append([out, *gradients])
+    for plain, folded in zip(*found):
+        torch.testing.assert_close(folded, plain)
+    for row in range(rows):
+        expected = dense_attention(query[row], key[row], value[row], seen[row])
+        torch.testing.assert_close(found[0][0][row], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_efficient_kernel_of_cuda_is_called_as_it_wants(dtype):
+    """On tensors without storage: it takes the mask, and gives a normaliser for each query."""
+    query, key = (torch.empty(3, 2, count, 16, dtype=dtype, device="meta") for count in (5, 70))
+    mask = tree.additive(torch.ones(3, 1, 5, 70, dtype=torch.bool, device="meta"), query)
+    for part in (mask, None):
+        out, norm = tree.efficient_attention(query, key, key, 0.25, part)
+        assert (out.shape, out.dtype) == (query.shape, dtype)
+        assert (norm.shape, norm.dtype) == (query.shape[:3], torch.float32)
+
 
 TOLERANCES = [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 
