@@ -131,7 +131,7 @@ def test_how_many_episodes_are_played_and_how(
         return [Trajectory(task, steps=[Step("o", "a", [1])]) for task in tasks]
 
     monkeypatch.setattr(baselines, "play", play)
-    words = [*ONE, method, "--practice-experts", "2", "--model", model]
+    words = [*ONE, method, "--practice-experts", "4", "--model", model]
     agent = opened(tmp_path / "x", *words)
     phases = {}
 
@@ -143,7 +143,7 @@ def test_how_many_episodes_are_played_and_how(
     METHODS[method].iteration(agent, 1)
     work, args = phases["explore_1"]
     work(*args)
-    tasks = [one.task_id for one in agent.experts[4:]]
+    tasks = [one.task_id for one in agent.experts[2:]]
     assert [(found, heat) for found, heat, _ in played] == [(tasks, temperature)] * samples
     assert len({seed for *_, seed in played}) == samples
     seeds = {seed for *_, seed in played}
