@@ -9,7 +9,13 @@ import itertools
 import os
 import random
 import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from benchmarks.files import benchmark_folder, load_json, need, shortest_play, stream_json
 from trajectory import InputError, Step, Trajectory, parse_action
@@ -23,16 +29,33 @@ FILES = (
     f"or {', '.join(FULL_FILES + ETO_FILES)} "
     "(setup.sh -d all, and ETO's train_indices.json and test_indices.json for WebShop)"
 )
-PACKAGES = {"bm25s": "0.3.16", "rapidfuzz": "3.14.6"}
+# {module: the package to install}
+PACKAGES = {"Stemmer": "PyStemmer==3.1.0", "rapidfuzz": "rapidfuzz==3.14.6"}
+# spaCy's models, the best first: that of ETO, and that of WebShop.
+MODELS = ["en_core_web_lg", "en_core_web_sm"]
+OFFICIAL = f"for the official ones: pip install spacy && python -m spacy download {MODELS[0]}"
 
 DETAILS = ["Description", "Features", "Reviews"]
-TITLE_STOP_WORDS = {"and", "for", "from", "the", "with"}
-# An option counts as the first of these that it contains: "c1-black" as "black".
+# WebShop's list. A text counts as the first of these that it contains: "c1-black" as "black".
 COLOURS = (
-    "apricot aqua beige black blue bronze brown burgundy champagne charcoal chocolate copper coral "
-    "cream dark fuchsia gold gray green grey indigo ivory khaki lavender light lilac lime magenta "
-    "maroon mint mocha mustard natural navy nude olive orange peach pink plum purple rainbow red "
-    "rose rust sand silver tan taupe teal turquoise violet walnut white wine yellow"
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown "
+    "burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee "
+    "cognac copper coral cranberry cream crystal dark denim eggplant elephant espresso fuchsia "
+    "gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender "
+    "lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
+    "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red "
+    "rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan "
+    "taupe teal tiger turquoise violet walnut wheat white wine yellow"
+)
+# Lucene's.
+STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with"
+)
+# What Lucene takes for one word: "7.5", "don't" and a pictograph, but not "t-shirt".
+WORD = re.compile(
+    r"\w+(?:(?<=\d)[.,](?=\d)\w+|(?<=[^\W\d_])[.:'’](?=[^\W\d_])\w+)*"
+    "|[\u2600-\u27bf\U0001f300-\U0001faff]"
 )
 
 
@@ -59,7 +82,8 @@ class ShoppingGoal:
     product: Product
     text: str
     attributes: list[str]
-    options: list[str]
+    # what a person asks for; of a synthetic goal (option, value)
+    options: list[str] | list[tuple[str, str]]
     price_upper: float
 
 
@@ -116,9 +140,10 @@ def synthetic_goals(product: Product, request: dict) -> list[ShoppingGoal]:
     goals = []
     names = sorted(product.options)
     for values in itertools.product(*[product.options[name] for name in names]):
-        wishes = ", and ".join(f"{name}: {value}" for name, value in zip(names, values))
+        options = list(zip(names, values))
+        wishes = ", and ".join(f"{name}: {value}" for name, value in options)
         text = f"{request['instruction']} with {wishes}" if wishes else request["instruction"]
-        goals.append(make_goal(product, 0, text, request, values))
+        goals.append(make_goal(product, 0, text, request, options))
     return goals
 
 
@@ -138,30 +163,108 @@ def webshop_reward(bought: Product, chosen: dict[str, str], goal: ShoppingGoal) 
 
 
 def type_reward(bought: Product, wanted: Product) -> float:
-    """Deviation: compares all words of the titles, not the nouns that a language model finds."""
-    words = title_words(wanted)
-    overlap = len(words & title_words(bought)) / len(words) if words else 0.2
+    """By the share of the wanted title's nouns, repeats counted, that the bought one has, too."""
+    nouns = title_nouns(wanted.name)
+    shared = set(nouns) & set(title_nouns(bought.name))
+    overlap = len(shared) / len(nouns) if nouns else 0.2
     if overlap < 0.1:
         return 0.1 if overlap else 0.0
-    shared = {part.strip() for part in bought.path.split("›")}
-    shared &= {part.strip() for part in wanted.path.split("›")}
-    alike = overlap > 0.2 or bought.query == wanted.query or len(shared) >= 2
+    parts = {part.strip() for part in bought.path.split("›")}
+    parts &= {part.strip() for part in wanted.path.split("›")}
+    alike = overlap > 0.2 or bought.query == wanted.query or len(parts) >= 2
     return 1.0 if alike else 0.5
 
 
-def title_words(product: Product) -> set[str]:
-    return set(re.findall("[a-z]{3,}", product.name.lower())) - TITLE_STOP_WORDS
+@functools.lru_cache(maxsize=1 << 17)
+def title_nouns(title: str) -> list[str]:
+    """Those that spaCy finds. Deviation: without its model all words but the emptiest."""
+    _, tagger = load_tagger()
+    if tagger:
+        return [token.text.lower() for token in tagger(title) if token.pos_ in ("NOUN", "PROPN")]
+    words = re.findall(r"\b[a-z]\w*", title.lower())
+    return [word for word in words if word not in STOP_WORDS.split() and word != "s"]
 
 
-def is_similar(text: str, other: str) -> bool:
-    """WebShop's fuzzy match: thefuzz's token_set_ratio above 85, computed as thefuzz does."""
+@functools.cache
+def load_tagger() -> tuple:
+    """(name, model) of the first of MODELS that is installed; ("", None) without one."""
+    for name in MODELS if importlib.util.find_spec("spacy") else ():
+        if importlib.util.find_spec(name):
+            import spacy
+
+            # Parts of speech need no more.
+            return name, spacy.load(name, exclude=["parser", "ner", "lemmatizer"])
+    return "", None
+
+
+def colour_of(option: str | tuple[str, str]) -> str | tuple[str, str]:
+    """The colour that a text contains; of an (option, value) pair, only if it is one of the two."""
+    return next((colour for colour in COLOURS.split() if colour in option), option)
+
+
+def is_similar(text: str, other: str | tuple[str, str]) -> bool:
+    """WebShop's fuzzy match: thefuzz's token_set_ratio above 85, computed as thefuzz does.
+
+    As there, a pair is compared as Python writes it, and characters of Latin-1 count for nothing.
+    """
     from rapidfuzz import fuzz, utils
 
-    return round(fuzz.token_set_ratio(text, other, processor=utils.default_process)) > 85
+    plain_texts = [re.sub("[\x80-\xff]", "", str(each)) for each in (text, other)]
+    return round(fuzz.token_set_ratio(*plain_texts, processor=utils.default_process)) > 85
 
 
-def colour_of(option: str) -> str:
-    return next((colour for colour in COLOURS.split() if colour in option), option)
+# ---------------------------------------------------------------------------- search
+
+
+class SearchIndex:
+    """BM25 as WebShop has it from Lucene: k1 0.9, b 0.4, equal scores in the order of the texts."""
+
+    def __init__(self, texts: Iterable[str]):
+        # {stem: [a text's number, how often it is there, the next text's number, ...]}
+        self.places: dict[str, array] = {}
+        lengths = []
+        for number, text in enumerate(texts):
+            stems = search_stems(text)
+            lengths.append(len(stems))
+            for stem, count in Counter(stems).items():
+                self.places.setdefault(stem, array("i")).extend((number, count))
+        relative = np.array([byte_length(length) for length in lengths]) * len(lengths)
+        # [texts]
+        self.norms = 0.9 * (0.6 + 0.4 * relative / max(1, sum(lengths)))
+
+    def best(self, words: str, most: int) -> list[int]:
+        """The numbers of the texts that fit best."""
+        scores = np.zeros(len(self.norms))
+        for stem in search_stems(words):
+            if stem in self.places:
+                numbers, counts = np.array(self.places[stem]).reshape(-1, 2).T
+                rarity = np.log(1 + (len(scores) - len(counts) + 0.5) / (len(counts) + 0.5))
+                scores[numbers] += rarity * counts / (counts + self.norms[numbers])
+        best = (-scores).argsort(kind="stable")[:most]
+        return best[scores[best] > 0].tolist()
+
+
+def search_stems(text: str) -> list[str]:
+    """A text as Lucene's English analyser reads it."""
+    return [stem for stem in map(stem_of, WORD.findall(text.lower())) if stem]
+
+
+@functools.cache
+def stem_of(word: str) -> str:
+    """Porter's stem; "" for a stop word. Lucene leaves words of two letters as they are."""
+    import Stemmer
+
+    word = word.removesuffix("'s").removesuffix("’s")
+    if word in STOP_WORDS.split():
+        return ""
+    return word if len(word) < 3 else Stemmer.Stemmer("porter").stemWord(word)
+
+
+def byte_length(length: int) -> int:
+    """A text's length as Lucene keeps it in a byte: what is above 24, in four binary digits."""
+    above = max(0, length - 24)
+    shift = max(0, above.bit_length() - 4)
+    return length - above + (above >> shift << shift)
 
 
 # ---------------------------------------------------------------------------- pages
@@ -183,8 +286,8 @@ def results_page(page: Page, found: list[Product]) -> tuple[list[str], dict[str,
     """(the parts of the text, {button: the page it leads to})"""
     first = 10 * page.number
     buttons = {"< Prev": Page("results", page.number - 1)} if page.number else {}
-    if first + 10 < len(found):
-        buttons["Next >"] = Page("results", page.number + 1)
+    # On the last page, too, as in WebShop: an empty one follows.
+    buttons["Next >"] = Page("results", page.number + 1)
     parts = [f"Page {page.number + 1} (Total results: {len(found)})", *buttons]
     for product in found[first : first + 10]:
         parts += [product.asin, product.name, product.tag]
@@ -193,22 +296,26 @@ def results_page(page: Page, found: list[Product]) -> tuple[list[str], dict[str,
 
 
 def product_page(page: Page) -> tuple[list[str], dict[str, Page]]:
-    parts = ["< Prev"]
-    buttons = {"< Prev": Page("results", page.number), "Buy Now": replace(page, name="end")}
-    buttons |= {detail: replace(page, name=detail) for detail in DETAILS}
+    parts, buttons = ["< Prev"], {}
     for option, values in page.product.options.items():
         parts += [option, *values]
         for value in values:
             buttons[value] = replace(page, chosen={**page.chosen, option: value})
+    # An option of the same text cannot be chosen, as in WebShop.
+    buttons |= {"< Prev": Page("results", page.number), "Buy Now": replace(page, name="end")}
+    buttons |= {detail: replace(page, name=detail) for detail in DETAILS}
     price = f"Price: {page.product.tag}"
     return [*parts, page.product.name, price, "Rating: N.A.", *DETAILS, "Buy Now"], buttons
 
 
 def detail_page(page: Page) -> tuple[list[str], dict[str, Page]]:
-    # The data has no reviews.
-    texts = {"Description": [page.product.description], "Features": page.product.features}
-    shown = [text for text in texts.get(page.name, []) if text] or [f"No {page.name.lower()}"]
-    return ["< Prev", *shown], {"< Prev": replace(page, name="product")}
+    # As in WebShop, reviews are left out, and an empty feature keeps its place.
+    texts = {
+        "Description": [page.product.description],
+        "Features": [f" {feature}" for feature in page.product.features],
+        "Reviews": [],
+    }
+    return ["< Prev", *texts[page.name]], {"< Prev": replace(page, name="product")}
 
 
 def parse_shop_action(text: str) -> tuple[str, str]:
@@ -247,9 +354,8 @@ class WebShopEpisode:
         else:
             parts, buttons = detail_page(page)
         header = ["Instruction:", self.goal.text, "Back to Search"]
-        self.observation = " [SEP] ".join(header + parts)
-        # If an option has the text of another button, the option wins.
-        for button, target in {"Back to Search": Page("search"), **buttons}.items():
+        self.observation = " [SEP] ".join(part.strip() for part in header + parts if part)
+        for button, target in {**buttons, "Back to Search": Page("search")}.items():
             self.buttons[button.lower()] = target
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
@@ -263,7 +369,8 @@ class WebShopEpisode:
             self.open(self.buttons[value])
         else:
             valid = False
-        return self.observation, self.reward, self.done, {"valid": valid}
+        info = {"valid": valid, "spacy_nouns": float(bool(load_tagger()[0]))}
+        return self.observation, self.reward, self.done, info
 
 
 # ---------------------------------------------------------------------------- the environment
@@ -278,7 +385,7 @@ class WebShop:
     Small set (1,000 products): the synthetic goals, split by product: sha1(asin) mod 10 is 0 for
     test, 1 for dev, else train. "human" is the 13 human goals, whose products are in test.
     Deviations: prices and price bounds depend on the product alone (WebShop draws them anew in each
-    process); the search is WebShop's BM25 (k1 0.9, b 0.4, first 50 hits) without its stemmer.
+    process); without spaCy's model, types are compared by all words of the titles.
     """
 
     # Table 1
@@ -303,7 +410,11 @@ class WebShop:
         human, synthetic = self._read(folder, full)
         goals = human if full else synthetic
         need(bool(goals), folder, "has products, but no instruction for any; download them again")
-        self._index()
+        name, _ = load_tagger()
+        by = f"the nouns that {name} finds" if name else f"all words of the titles; {OFFICIAL}"
+        print(f"webshop: type scores by {by}", file=sys.stderr)
+        self.asins = sorted(self.products)
+        self.index = SearchIndex(map(searched_text, map(self.products.get, self.asins)))
         random.Random(233).shuffle(goals)
         self.goals = {str(i): goal for i, goal in enumerate(goals)}
         self.splits: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
@@ -358,31 +469,9 @@ class WebShop:
         self.splits["train"] = [i for i in self.splits["train"] if i not in test]
         self.splits["dev"] = [i for i in self.goals if i not in train | test][:200]
 
-    def _index(self) -> None:
-        """BM25 over the text that WebShop indexes."""
-        import bm25s
-
-        texts = []
-        for product in self.products.values():
-            options = [f"{name}: {', '.join(values)}" for name, values in product.options.items()]
-            parts = [product.name, product.description, *product.features[:1], *options]
-            texts.append(" ".join(parts))
-        self.asins = list(self.products)
-        self.bm25 = bm25s.BM25(k1=0.9, b=0.4)
-        tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
-        self.bm25.index(tokens, show_progress=False)
-
     def find(self, words: str) -> list[Product]:
-        """The best 50 products, best first; among equals, in the order of the file."""
-        import bm25s
-
-        [tokens] = bm25s.tokenize([words], stopwords="en", return_ids=False, show_progress=False)
-        tokens = [token for token in tokens if token in self.bm25.vocab_dict]
-        if not tokens:
-            return []
-        scores = self.bm25.get_scores(tokens)
-        best = (-scores).argsort(kind="stable")[:50]
-        return [self.products[self.asins[i]] for i in best if scores[i] > 0]
+        """The best 50 products, best first; among equals, in the order of their codes."""
+        return [self.products[self.asins[number]] for number in self.index.best(words, 50)]
 
     @functools.cached_property
     def example(self) -> str:
@@ -432,12 +521,14 @@ class WebShop:
 
         words = goal.text.split(", and price lower than")[0]
         act("I search with the words of the instruction.", f"search[{words}]")
-        while asin.lower() not in episode.buttons and "next >" in episode.buttons:
+        if product not in episode.found:
+            return None
+        while asin.lower() not in episode.buttons:
             act("Nothing on this page fits well, so I look at the next one.", "click[Next >]")
         options = choose_options(product.options, goal.options)
         # What is left: to open the product, to choose each option, to buy.
         steps = len(trajectory.steps) + 1 + len(options) + 1
-        if asin.lower() not in episode.buttons or steps > self.max_steps(task_id):
+        if steps > self.max_steps(task_id):
             return None
         bound = ""
         if goal.price_upper < 1e6:
@@ -454,16 +545,22 @@ class WebShop:
 def check_installed(folder: str, names: list[str]) -> None:
     missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
     need(not missing, folder, f"lacks {', '.join(missing)}; webshop needs {FILES}")
-    for package, version in PACKAGES.items():
-        problem = f"the package {package} is missing; install it: pip install {package}=={version}"
-        need(importlib.util.find_spec(package) is not None, "webshop", problem)
+    for module, package in PACKAGES.items():
+        problem = f"the package {package} is missing; install it: pip install {package}"
+        need(importlib.util.find_spec(module) is not None, "webshop", problem)
 
 
-def choose_options(options: dict[str, list[str]], wishes: list[str]) -> dict[str, str]:
+def searched_text(product: Product) -> str:
+    """What WebShop indexes."""
+    options = [f"{name}: {', '.join(values)}" for name, values in product.options.items()]
+    return " ".join([product.name, product.description, *product.features[:1], *options])
+
+
+def choose_options(options: dict[str, list[str]], wishes: list) -> dict[str, str]:
     """{option: value} for each option that fits a wish: an equal value, or else a similar one."""
     chosen = {}
     for option, values in options.items():
-        equal = [wish for wish in wishes if wish in values]
+        equal = [value for value in values if value in wishes or (option, value) in wishes]
         pairs = itertools.product(map(colour_of, wishes), values)
         similar = [value for wish, value in pairs if is_similar(wish, colour_of(value))]
         if equal or similar:

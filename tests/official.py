@@ -254,3 +254,57 @@ def write_webshop(folder: Path, rows: list, **files) -> str:
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / name).write_text(text, encoding="utf-8")
     return str(folder)
+
+
+# (an option's value, what was wished, hits): get_option_reward of WebShop with thefuzz 0.20.0. A
+# synthetic goal's wish is a pair.
+OPTION_HITS = [
+    ("xx-large", ("size", "3x-large"), False),
+    ("x-large", ("size", "x-large"), True),
+    ("large", ("size", "x-large"), True),
+    ("7", ("size", "7.5"), True),
+    ("7.5 wide", ("size", "7.5"), False),
+    ("red", ("color", "dark red"), True),
+    ("camo green", ("color", "green"), False),
+    ("c1-black", ("color", "black"), True),
+    ("navyblue", ("color", "navyblue"), False),
+    ("color", ("color", "teal"), False),
+    ("xx-large", "3x-large", True),
+    ("green", "green camo", False),
+    ("wine red", "red wine", True),
+    ("rosé", "ros", True),
+]
+
+# (a text, its stems) of Anserini 0.14.3's DefaultEnglishAnalyzer, as in pyserini 0.17.0.
+LUCENE_STEMS = [
+    (
+        "Women's T-Shirts, size 9 (XX-Large), 1,000 pieces at 7.5oz",
+        "women t shirt size 9 xx larg 1,000 piec 7.5oz",
+    ),
+    (
+        "it's O'Neil's ❤ wi-fi don't u.s.a. e.g. foo_bar 3x4 is its ties running happily",
+        "o'neil ❤ wi fi don't u.s.a e.g foo_bar 3x4 it ti run happili",
+    ),
+]
+# The last two are of equal length for Lucene, but 40 and 41 words long.
+LUCENE_TEXTS = {
+    "B1": "Shirt, long sleeve",
+    "B2": "Shirts and shirts: a pack of 9 shirts, long sleeve",
+    "B3": "T-shirt for women, size 9",
+    "B4": "Women's running shoes, 7.5",
+    "B5": "Shirt" + 40 * " red",
+    "B6": "Shirt" + 39 * " red",
+    "B8": "Shirt, long sleeve",
+    "B9": "Long dress for women",
+}
+# (words, what its SimpleSearcher finds in these texts)
+LUCENE_BEST = [
+    ("shirts", "B2 B1 B8 B3 B5 B6"),
+    ("9", "B3 B2"),
+    ("long sleeves for a woman", "B1 B8 B2 B9"),
+    ("Shirt shirt long", "B2 B1 B8 B9 B3 B5 B6"),
+    ("run 7.5", "B4"),
+    ("women", "B9 B4 B3"),
+    ("the", ""),
+    ("zzz", ""),
+]

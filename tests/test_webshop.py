@@ -7,15 +7,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from official import NEEDS_PACKAGES, asin, human, real_files, shop_row, write_webshop
+from official import (
+    LUCENE_BEST,
+    LUCENE_STEMS,
+    LUCENE_TEXTS,
+    NEEDS_PACKAGES,
+    OPTION_HITS,
+    asin,
+    human,
+    real_files,
+    shop_row,
+    write_webshop,
+)
 
+from benchmarks import webshop
 from benchmarks.files import stream_json
-from benchmarks.webshop import Product, ShoppingGoal, webshop_reward
+from benchmarks.webshop import (
+    MODELS,
+    Product,
+    SearchIndex,
+    ShoppingGoal,
+    search_stems,
+    title_nouns,
+    webshop_reward,
+)
 from envs import Lenient, make_env
 from trajectory import InputError, Step, Trajectory
 
-pytest.importorskip("bm25s", reason=NEEDS_PACKAGES)
+pytest.importorskip("Stemmer", reason=NEEDS_PACKAGES)
 pytest.importorskip("rapidfuzz", reason=NEEDS_PACKAGES)
+
+
+@pytest.fixture(autouse=True)
+def tagger(request, monkeypatch):
+    """Types are compared by words, whether or not a model is here; a test may bring a tagger."""
+    monkeypatch.setattr(webshop, "load_tagger", lambda: getattr(request, "param", ("", None)))
+    title_nouns.cache_clear()
+    yield
+    title_nouns.cache_clear()
 
 
 def open_shop(folder: Path, rows: list, **files):
@@ -27,11 +56,12 @@ def shop(tmp_path_factory):
     return open_shop(tmp_path_factory.mktemp("webshop"), [shop_row(i) for i in range(30)])
 
 
-def task_of(shop, number: int, options: list | None = None) -> str:
-    """The first synthetic goal about a product, with these options."""
+def task_of(shop, number: int, *values: str) -> str:
+    """The first synthetic goal about a product, with these values of its options."""
     for task_id, goal in shop.goals.items():
-        fits = goal.product.asin == asin(number) and options in (None, goal.options)
-        if fits and not task_id.startswith("human"):
+        if goal.product.asin != asin(number) or task_id.startswith("human"):
+            continue
+        if not values or list(values) == [value for _, value in goal.options]:
             return task_id
     raise LookupError(number)
 
@@ -52,6 +82,8 @@ def test_goals_are_every_instruction_with_every_combination_of_options(shop):
         "Find me walking shoes model1 with color: c2 | red, and size: 7",
         "Find me walking shoes model1 with color: c2 | red, and size: 7.5",
     }
+    red = shop.goal(task_of(shop, 1, "c2 | red", "7.5"))
+    assert red.options == [("color", "c2 | red"), ("size", "7.5")]
     asked = "i want a red shoe, model1, size 7.5, and price lower than "
     assert shop.goal("human-0").text.startswith(asked)
 
@@ -182,13 +214,20 @@ def test_reward_counts_attributes_options_and_price():
         ({"color": "red", "style": "suede"}, ["red"], 1),
         # A wish counts once.
         ({"color": "red", "style": "red"}, ["red", "blue"], 1),
-        # "dark red" is reduced to dark.
+        # "dark red" is reduced to dark, "green camo" to camo.
         ({"color": "red"}, ["red", "dark red"], 1),
+        ({"color": "green"}, ["green camo"], 0),
         ({"style": "red dress"}, ["red"], 1),
     ],
 )
 def test_reward_of_options(chosen, options, hits):
     assert reward(chosen=chosen, options=options) == pytest.approx((2 + hits) / (2 + len(options)))
+
+
+@pytest.mark.parametrize("value, wish, hit", OPTION_HITS)
+def test_options_hit_as_in_webshop(value, wish, hit):
+    expected = (2 + hit) / 3
+    assert reward(chosen={"option": value}, options=[wish]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -228,10 +267,80 @@ def test_attributes_are_compared_by_token_set_ratio(listed, wanted, hit):
         # No word in common: another thing, whatever the category.
         ({"name": "Teapot"}, 0.0),
         ({"name": "A shoe of leather", "query": "boots", "path": "Clothing › Boots"}, 1.0),
+        # Numbers and empty words are not shared.
+        ({"name": "Teapot for 9 or 10"}, 0.0),
     ],
 )
 def test_type_by_title_words(other, expected):
-    assert reward(product(attributes=["rubber sole"], **other)) == expected
+    wanted = product(name="Suede walking shoe for 9 or 10")
+    assert reward(product(attributes=["rubber sole"], **other), wanted=wanted) == expected
+
+
+def test_type_counts_a_noun_as_often_as_the_wanted_title_has_it():
+    # 2 of 11 words, 2 of the 4 that differ.
+    wanted = product(name="Oat bar, oat cake, oat bar, oat oat oat, nut bar")
+    other = {"name": "Nut cake", "query": "snack", "path": "Grocery"}
+    assert reward(product(attributes=["rubber sole"], **other), wanted=wanted) == 0.5
+    # 1 of 11.
+    assert (
+        reward(product(attributes=["rubber sole"], **other | {"name": "cake"}), wanted=wanted)
+        == 0.1
+    )
+
+
+class Token:
+    def __init__(self, text: str):
+        self.text, self.pos_ = text.split("_")
+
+
+TAGGED = {
+    "Women's soft T-Shirt": "Women_NOUN 's_PART soft_ADJ T_PROPN -_PUNCT Shirt_PROPN",
+    "T-shirts": "T_NOUN -_PUNCT shirts_NOUN",
+    "Soft cloth": "Soft_ADJ cloth_NOUN",
+}
+
+
+def stand_in(title: str) -> list[Token]:
+    return list(map(Token, TAGGED[title].split()))
+
+
+@pytest.mark.parametrize("tagger", [("en_core_web_sm", stand_in)], indirect=True)
+def test_type_by_the_nouns_of_a_model(tmp_path, capsys):
+    wanted = product(name="Women's soft T-Shirt")
+    assert title_nouns(wanted.name) == ["women", "t", "shirt"]
+    shares_the_t = product(name="T-shirts", attributes=["rubber sole"])
+    assert reward(shares_the_t, wanted=wanted) == 1
+    shares_an_adjective = product(name="Soft cloth", attributes=["rubber sole"])
+    assert reward(shares_an_adjective, wanted=wanted) == 0
+    shop = open_shop(tmp_path, [shop_row(i) for i in range(3)])
+    assert "type scores by the nouns that en_core_web_sm finds" in capsys.readouterr().err
+    assert shop.start("0")[0].step("")[-1] == {"valid": False, "spacy_nouns": 1.0}
+
+
+def test_without_a_model_it_is_said(tmp_path, capsys):
+    shop = open_shop(tmp_path, [shop_row(i) for i in range(3)])
+    said = capsys.readouterr().err
+    assert "by all words of the titles; for the official ones: pip install spacy" in said
+    assert shop.start("0")[0].step("")[-1] == {"valid": False, "spacy_nouns": 0.0}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_real_model_finds_the_nouns_of_its_whole_pipeline(name, monkeypatch):
+    reason = f"python -m spacy download {name}"
+    pytest.importorskip(name, reason=reason)
+    import spacy
+
+    monkeypatch.undo()
+    monkeypatch.setattr(webshop, "MODELS", [name])
+    webshop.load_tagger.cache_clear()
+    assert webshop.load_tagger()[0] == name
+    title = "Women Tops Summer Casual T-Shirt, Short Sleeve V-Neck Tee (Black, XX-Large) for Her"
+    nouns = []
+    for token in spacy.load(name)(title):
+        nouns += [token.text.lower()] if token.pos_ in ("NOUN", "PROPN") else []
+    assert title_nouns(title) == nouns
+    assert {"t", "shirt", "women"} <= set(nouns)
+    webshop.load_tagger.cache_clear()
 
 
 def test_type_by_few_words_needs_query_or_category():
@@ -246,6 +355,28 @@ def test_type_by_few_words_needs_query_or_category():
     # 1 of 11 words.
     wanted = product(name=f"{eight_words} nnn ooo ppp")
     assert reward(product(**other | {"query": "shoes"}), wanted=wanted) == 0.1
+
+
+# ---------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("text, stems", LUCENE_STEMS)
+def test_texts_are_read_as_lucene_reads_them(text, stems):
+    assert search_stems(text) == stems.split()
+
+
+@pytest.mark.parametrize("words, best", LUCENE_BEST)
+def test_search_ranks_as_lucene_does(words, best):
+    index = SearchIndex(LUCENE_TEXTS.values())
+    codes = list(LUCENE_TEXTS)
+    assert [codes[number] for number in index.best(words, 50)] == best.split()
+    assert [codes[number] for number in index.best(words, 2)] == best.split()[:2]
+
+
+def test_equal_products_come_in_the_order_of_their_codes(tmp_path):
+    alike = {"name": "Walking shoe", "full_description": "", "customization_options": {}}
+    shop = open_shop(tmp_path, [shop_row(i, **alike) for i in range(60, 0, -1)])
+    assert [found.asin for found in shop.find("shoes")] == [asin(i) for i in range(1, 51)]
 
 
 # ---------------------------------------------------------------------------- pages
@@ -267,11 +398,11 @@ def test_pages_can_be_turned_and_left(shop):
     assert "Back to Search [SEP] Page 1 (Total results: 30) [SEP] Next > [SEP] B0" in one
     assert "< Prev" not in one
     assert "Page 2 (Total results: 30) [SEP] < Prev [SEP] Next >" in two
-    assert "Page 3" in three and "Next >" not in three
-    # There is no fourth page.
-    [(last, _, _, info)] = play(episode, "click[Next >]")
-    assert last == three and info == {"valid": False}
-    assert pages(episode, "click[< Prev]") == [two]
+    assert "Page 3 (Total results: 30) [SEP] < Prev [SEP] Next > [SEP] B0" in three
+    # One may go on to an empty page.
+    four, back, again = pages(episode, "click[Next >]", "click[< Prev]", "click[< Prev]")
+    assert four.endswith("Page 4 (Total results: 30) [SEP] < Prev [SEP] Next >")
+    assert back == three and again == two
     codes = [re.findall(r"B0\d{8}", page) for page in (one, two, three)]
     assert [len(on_page) for on_page in codes] == [10, 10, 10]
     assert len(set(sum(codes, []))) == 30
@@ -281,7 +412,7 @@ def test_pages_can_be_turned_and_left(shop):
 
 
 def test_a_product_its_pages_and_its_purchase(shop):
-    episode, _ = shop.start(task_of(shop, 1, options=["c2 | red", "7.5"]))
+    episode, _ = shop.start(task_of(shop, 1, "c2 | red", "7.5"))
     [(_, _, _, found)] = play(episode, "search[model1]")
     assert found["valid"]
     looks = ("click[b000000001]", "click[Features]", "click[< Prev]", "click[Reviews]")
@@ -293,16 +424,29 @@ def test_a_product_its_pages_and_its_purchase(shop):
     )
     assert features.endswith("< Prev [SEP] Rubber sole [SEP] Easy to clean")
     assert again == item
-    assert reviews.endswith("No reviews")
+    assert reviews.endswith("Back to Search [SEP] < Prev")
     choices = ("click[< prev]", "click[c2 | red]", "click[description]", "click[< Prev]")
     steps = play(episode, *choices, "click[7.5]", "click[Buy Now]")
     assert [step_reward for _, step_reward, _, _ in steps] == [0, 0, 0, 0, 0, 1]
     assert [done for _, _, done, _ in steps] == [False] * 5 + [True]
-    assert play(episode, "click[Buy Now]", "search[shoe]")[1][1:] == (1, True, {"valid": False})
+    after = play(episode, "click[Buy Now]", "search[shoe]")[1]
+    assert after[1:3] == (1, True) and not after[3]["valid"]
+
+
+def test_empty_texts_as_webshop_shows_them(tmp_path):
+    empty = {"full_description": "", "small_description": ["One ", "", "Two"], "name": ""}
+    shop = open_shop(tmp_path, [shop_row(i, **empty) for i in range(3)])
+    episode, _ = shop.start("0")
+    looks = ("click[B000000000]", "click[Description]", "click[< Prev]", "click[Features]")
+    results, item, description, _, features = pages(episode, "search[one]", *looks)
+    assert "Next > [SEP] B000000000 [SEP] $19.99 to $25.0 [SEP] B000000002 [SEP] $" in results
+    assert "Back to Search [SEP] < Prev [SEP] Price: $19.99 to $25.0 [SEP] Rating" in item
+    assert description.endswith("Back to Search [SEP] < Prev")
+    assert features.endswith("< Prev [SEP] One [SEP]  [SEP] Two")
 
 
 def test_options_are_forgotten_where_one_leaves_the_product(shop):
-    episode, _ = shop.start(task_of(shop, 1, options=["c2 | red", "7.5"]))
+    episode, _ = shop.start(task_of(shop, 1, "c2 | red", "7.5"))
     chooses = ("click[c2 | red]", "click[7.5]", "click[7]", "click[< Prev]")
     buys = ("click[B000000001]", "click[7.5]", "click[Buy Now]")
     steps = play(episode, "search[model1]", "click[B000000001]", *chooses, *buys)
@@ -334,7 +478,7 @@ def test_a_search_is_read_as_webshop_reads_it(shop, action, strict, lenient):
     for world, valid in ((shop, strict), (Lenient(shop), lenient)):
         episode, first = world.start("0")
         [(page, _, done, info)] = play(episode, action)
-        assert info == {"valid": valid} and not done and (page != first) == valid
+        assert info["valid"] == valid and not done and (page != first) == valid
         if valid and "zzz" not in action:
             assert "Total results: 1)" in page
         assert episode.step("I do not know what to do")[0] == page
@@ -360,7 +504,7 @@ def test_a_click_must_name_what_the_page_offers(tmp_path, click, strict, lenient
     for world, valid in ((shop, strict), (Lenient(shop), lenient)):
         episode, _ = world.start("0")
         [*_, last] = play(episode, "search[model1]", "click[B000000001]", click)
-        assert last[3] == {"valid": valid}
+        assert last[3]["valid"] == valid
 
 
 def test_rows_of_expert_files_name_goals_by_number_if_the_text_is_the_goal_s(shop):
@@ -376,14 +520,15 @@ def test_rows_of_expert_files_name_goals_by_number_if_the_text_is_the_goal_s(sho
         assert shop.task_of(Trajectory(name, [], [Step(said, "Action: search[x]")])) is None
 
 
-def test_an_option_wins_over_a_button_of_the_same_text(tmp_path):
+def test_an_option_with_the_text_of_a_button_cannot_be_chosen(tmp_path):
     extras = {"Shows": [{"value": "Features"}, {"value": "Reviews"}]}
     shop = open_shop(tmp_path, [shop_row(i, customization_options=extras) for i in range(3)])
-    task_id = task_of(shop, 1, options=["features"])
+    task_id = task_of(shop, 1, "features")
     episode, _ = shop.start(task_id)
-    _, item, chosen = pages(episode, "search[model1]", "click[B000000001]", "click[Features]")
-    assert chosen == item
-    assert play(episode, "click[Buy Now]")[0][1] == 1
+    clicks = ("click[B000000001]", "click[Features]", "click[< Prev]", "click[Buy Now]")
+    steps = play(episode, "search[model1]", *clicks)
+    assert steps[2][0].endswith("< Prev [SEP] Rubber sole [SEP] Easy to clean")
+    assert steps[-1][1:3] == (pytest.approx(2 / 3), True)
 
 
 # ---------------------------------------------------------------------------- expert
