@@ -74,8 +74,8 @@ METHODS = {
 IMPLICIT, INVERSE = "StepAgent-Implicit", "StepAgent-Inverse"
 MAIN = ("SFT+", IMPLICIT, INVERSE)
 
-# The best rates of `tune`, or within a point of it (ETO), and of `tune_d` (Inverse). RFT and NAT
-# have none.
+# The best rates of `tune`, or within a point of it (ETO). Inverse's is from a trial on three dev
+# seeds (docs/results.md). RFT and NAT have none.
 RATES = {
     "SFT+": "5e-4",
     "PPO": "1.5e-4",
