@@ -29,8 +29,10 @@ from system.ranks import Ranks
 from trajectory import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Options that another start of the same run may change.
+# Options that another start of the same run may change: where and how it runs, and how much memory
+# it takes. The latter change results by rounding alone.
 FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
+FREE_OPTIONS += ("micro_tokens", "leaves", "episodes", "checkpointing")
 # What a run writes, beside its lock: what it continues from first, its log last.
 RUN_FILES = ("state.json", "checkpoints", "iter_*", "policy", "sft", "base", "experts*.jsonl")
 RUN_FILES += ("eval", "agreement", "failed_batch.json", "report.md", "config.json", "metrics.jsonl")
