@@ -493,19 +493,20 @@ def fit_values(
 
     The head reads the hidden state at the state's last token, never the action's.
     """
-    run = agent.run
+    run, device = agent.run, agent.ranks.device
     values = torch.zeros(len(returns))
+    states, returns = states.to(device), returns.to(device)
     figures = []
     for number in FOLDS:
         before = run.path(f"iter_{i - 1}/value_{number}.safetensors")
-        head = Head.load_or_make(before, states.shape[1], agent.seed("V", number))
+        head = Head.load_or_make(before, states.shape[1], agent.seed("V", number)).to(device)
         fold = fold_of(places, number)
         # What comes after a cut was not seen: there is no target.
         fold.learn = fold.learn[real[fold.learn]]
         fold.held_out = fold.held_out[real[fold.held_out]]
         figures.append(fit_value(head, states, returns, fold, agent, agent.seed(i, number)))
         with torch.no_grad():
-            values[fold.judge] = head(states[fold.judge])
+            values[fold.judge] = head(states[fold.judge]).cpu()
         if agent.ranks.rank == 0:
             write_tensors(run.path(f"iter_{i}/value_{number}.safetensors"), head.state_dict())
     return values, mean_figures(figures, "value")

@@ -321,8 +321,8 @@ class Config:
     lora_rank: int = default(0, least=0)
     # minutes between checkpoints inside a phase that learns
     save_minutes: float = default(15.0, least=0)
-    # recompute activations in the backward pass, to save memory
-    checkpointing: bool = default(True, tiny=False)
+    # recompute activations in the backward pass; auto = where the memory cannot hold them
+    checkpointing: Literal["auto", "true", "false"] = default("auto", tiny="false")
 
     # ---- evaluation
     # splits evaluated at the end, separated by commas

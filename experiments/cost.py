@@ -67,7 +67,7 @@ HBM, HBM_SHARE, CARD = 3.35e12, 0.60, 80e9
 LINK = 300e9
 GPUS = (1, 8, 64)
 PHASES = ("inspection", "scoring", "reflection", "optimizer_and_links")
-SETTINGS = Config(dtype="bfloat16", checkpointing=True)
+SETTINGS = Config(dtype="bfloat16", checkpointing="true")
 
 
 class Backbone:

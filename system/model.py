@@ -22,7 +22,7 @@ from system.family import use_tree_attention
 from system.files import move_into_place, read_tensors, read_text, write_text
 from system.ranks import Ranks
 from system.run_dir import RunDir
-from system.sharding import fill, placement, shard
+from system.sharding import Placement, fill, placement, shard
 from trajectory import (
     InputError,
     Trajectory,
@@ -88,6 +88,7 @@ def load_policy(
     policy = prepare(policy, config)
     placed = placement(ranks, policy, config)
     if placed.pieces > 1:
+        recompute(policy, placed)
         whole = prepare(read_policy(folder), config) if ranks.rank == 0 else None
         shard(ranks, policy, placed, config.dtype)
         fill(ranks, policy, whole)
@@ -99,6 +100,7 @@ def load_policy(
     if config.lora_rank and saved:
         read_weights(run, ranks, policy, saved)
     policy.placed = placed
+    recompute(policy, placed)
     return policy.to(ranks.device), tokenizer
 
 
@@ -107,10 +109,18 @@ def prepare(policy: nn.Module, config) -> nn.Module:
     use_tree_attention(policy)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.seed)
-    if config.checkpointing:
-        settings = {"use_reentrant": False}
-        policy.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     return policy
+
+
+def recompute(policy: nn.Module, placed: Placement) -> None:
+    if not placed.recomputes:
+        return
+    settings = {"use_reentrant": False}
+    if hasattr(policy, "activation_checkpointing_enable"):
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        # Its name in older transformers.
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def forget(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:

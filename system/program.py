@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
@@ -38,6 +39,12 @@ def program(work: Callable[[], None]) -> None:
         sys.exit(f"error: {error}; put this right, or begin again with --restart")
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: {error}; put this right: {KEPT}")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        sys.exit(
+            f"error: {reason}; lower --micro-tokens, --leaves or --episodes, or take "
+            "--checkpointing true; what was finished is kept, a run may continue with these"
+        )
     except RuntimeError as error:
         if not dist.is_initialized() or not LOST_CONNECTION.search(str(error)):
             raise

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rollout import grouped
+from trajectory import InputError
 
 # Numbers in one message when gradients are summed: small messages would wait for each other.
 MESSAGE = 2**25
@@ -36,7 +37,17 @@ class Ranks:
         self.device = torch.device("cpu")
         backend = "gloo"
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if number >= count:
+                raise InputError(
+                    f"rank {number} of this machine has no GPU, there are {count}; start torchrun "
+                    f"with --nproc_per_node {count}"
+                )
+            self.device = torch.device("cuda", number)
+            # Lengths are new in every pass: fixed blocks of memory would fall to pieces. It is
+            # read when the first block is taken.
+            if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+                os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
             torch.cuda.set_device(self.device)
             # Python objects travel over gloo.
             backend = "cpu:gloo,cuda:nccl"

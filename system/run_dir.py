@@ -30,8 +30,10 @@ from system.files import named, read_object, read_text, remove, write_text
 from system.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-# Options that another start of the same run may change.
+# Options that another start of the same run may change: where and how it runs, and how much memory
+# it takes. The latter change results by rounding alone.
 FREE_OPTIONS = ("out", "save_minutes", "shard", "restart")
+FREE_OPTIONS += ("micro_tokens", "leaves", "episodes", "checkpointing")
 # What the user may give, and a run must not touch.
 GIVEN = ("model", "init", "expert", "prompt_file", "match")
 # The mark of a run directory, and its lock. In a folder that lacks it no file is touched.

@@ -7,7 +7,7 @@ the policy; inside gathered() the ranks run it independently.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,8 @@ def training_bytes(
 
     held: weights, gradients and Adam's moments. update: the peak of a training pass. generate: all
     weights ready to decode, without keys and values. least: the same, gathered layer by layer.
-    split: how many ranks share the weights. device: CPUs read the head in smaller chunks.
+    split: how many ranks share the weights. device: CPUs read the head in smaller chunks. With
+    --checkpointing auto activations are recomputed.
     """
     shape = policy.config
     width = compute_width(config)
@@ -73,7 +74,8 @@ def training_bytes(
         held = 16 * weights
         copies = width * weights if width == 2 else 0
         generate = least = 4 * weights + copies
-    activations = config.micro_tokens * activation_bytes(shape, width, config.checkpointing)
+    recomputes = config.checkpointing != "false"
+    activations = config.micro_tokens * activation_bytes(shape, width, recomputes)
     logits = 24 * max(2**23, chunk_rows(shape.vocab_size, device) * shape.vocab_size)
     update = held + copies + activations + logits
     return {"held": held, "update": update, "generate": generate, "least": least}
@@ -86,12 +88,15 @@ class Placement:
     pieces: int
     # A device can hold all weights while it decodes, in 0.7 of its memory.
     gathers_whole: bool
+    # Activations are computed again in the backward pass.
+    recomputes: bool = False
 
 
 def placement(ranks: Ranks, policy: nn.Module, config) -> Placement:
     """Where the weights lie (--shard; auto: sharded if an update does not fit otherwise).
 
-    InputError if nothing fits by arithmetic.
+    With --checkpointing auto activations are kept where the memory holds them all. InputError if
+    nothing fits by arithmetic.
     """
     # The smallest device decides for all ranks.
     memory = min(part["memory"] for part in ranks.gather({"memory": ranks.memory()}))
@@ -116,7 +121,11 @@ def placement(ranks: Ranks, policy: nn.Module, config) -> Placement:
                 f"{config.model}: {what} need {need[name] / 1e9:.0f} GB a device, "
                 f"each has {memory / 1e9:.0f}; {remedy}"
             )
-    return Placement(pieces, need["generate"] <= 0.7 * memory)
+    keeping = training_bytes(policy, replace(config, checkpointing="false"), pieces, device)
+    recomputes = config.checkpointing == "true"
+    if config.checkpointing == "auto":
+        recomputes = keeping["update"] > 0.9 * memory
+    return Placement(pieces, need["generate"] <= 0.7 * memory, recomputes)
 
 
 def shard(ranks: Ranks, policy: nn.Module, placed: Placement, dtype: str) -> None:

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_of_one_configuration(tmp_path, monkeypatch):
         learn(tmp_path / "x")
     with pytest.raises(InputError, match=r"another configuration \(seed 0 -> 3\)"):
         learn(tmp_path / "x", seed=3)
-    learn(tmp_path / "x", save_minutes=9.0, shard="false")
+    learn(tmp_path / "x", save_minutes=9.0, shard="false", micro_tokens=9, checkpointing="true")
 
 
 def test_between_checkpoints_is_time(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class Options:
     dtype: str = "float32"
     lora_rank: int = 0
     micro_tokens: int = 8192
-    checkpointing: bool = False
+    checkpointing: str = "false"
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +528,7 @@ def test_a_lora_run_that_goes_on_gets_its_adapters(tmp_path, model, experts):
 
 def test_lora_on_a_bfloat16_base_is_saved_in_float32(tmp_path, model, experts):
     """A merge rounded to bfloat16 would lose most of what small rates learn."""
-    options = {"model": model, "lora_rank": 3, "dtype": "bfloat16", "checkpointing": True}
+    options = {"model": model, "lora_rank": 3, "dtype": "bfloat16", "checkpointing": "true"}
     run, ranks, policy, tokenizer = open_policy(tmp_path / "x", **options)
     policy.train()
     learn(policy, tokenizer, experts)

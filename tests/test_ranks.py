@@ -204,3 +204,47 @@ def test_with_torchrun_a_killed_rank_ends_the_job_and_the_cause_is_shown(tmp_pat
     )
     assert done.returncode != 0 and time.monotonic() - started < 60
     assert "rank      : 1" in done.stderr and "Signal 9 (SIGKILL) received" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What a machine with two GPUs says; nothing is done on them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "LOCAL_RANK"):
+        # Whatever a test sets is gone afterwards.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_a_rank_takes_its_gpu_with_memory_that_grows(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Ranks().device == torch.device("cuda", 1)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    del os.environ["PYTORCH_ALLOC_CONF"]
+    # The user's own settings stand.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    Ranks()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_more_ranks_than_gpus_are_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="there are 2; start torchrun with --nproc_per_node 2"):
+        Ranks()
+
+
+def test_a_full_gpu_is_one_line_with_the_remedy():
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+
+    def work():
+        raise torch.OutOfMemoryError(said)
+
+    with pytest.raises(SystemExit) as end:
+        program(work)
+    assert end.value.code.startswith("error: CUDA out of memory; lower --micro-tokens")
+    assert "\n" not in end.value.code

@@ -43,7 +43,7 @@ from trajectory import Encoded, InputError, encode
 
 
 def options(**more) -> Config:
-    usual = {"dtype": "float32", "micro_tokens": 8192, "checkpointing": False}
+    usual = {"dtype": "float32", "micro_tokens": 8192, "checkpointing": "false"}
     return Config(**(usual | more))
 
 
@@ -82,6 +82,22 @@ def test_sharding_is_chosen_by_arithmetic(model):
         placed = placement(Machine(world, memory), policy, options(shard=option))
         assert placed.pieces == (2 if sharded else 1)
     assert placement(Machine(2, 0.8 * update), policy, options(lora_rank=3)).pieces == 1
+
+
+def test_activations_are_kept_where_the_memory_holds_them(model):
+    policy = outline(model)
+    keeping = training_bytes(policy, options(), device="cpu")["update"]
+    for memory, option, recomputes in (
+        (1.2 * keeping, "auto", False),
+        (keeping, "auto", True),
+        (1.2 * keeping, "true", True),
+        (keeping, "false", False),
+    ):
+        placed = placement(Machine(1, memory), policy, options(checkpointing=option))
+        assert placed.recomputes == recomputes
+    # Rather recomputed than sharded.
+    placed = placement(Machine(2, keeping), policy, options(checkpointing="auto"))
+    assert (placed.pieces, placed.recomputes) == (1, True)
 
 
 def test_pieces_lie_on_a_node_or_on_all_ranks_if_those_are_too_few(model):

@@ -53,7 +53,7 @@ def test_the_defaults_are_the_papers():
     assert (real.clip, real.entropy, real.kl, real.ppo_passes) == (0.2, 0.01, 0.0, 2)
     assert (real.gamma, real.gae_lambda, real.value_lr) == (1.0, 0.95, 1e-4)
     assert (real.d_epochs, real.d_scores, real.expert_in_group) == (2, "learnt", False)
-    assert (real.dtype, real.prompt, real.checkpointing) == ("bfloat16", "full", True)
+    assert (real.dtype, real.prompt, real.checkpointing) == ("bfloat16", "full", "auto")
     assert (real.max_new_tokens, real.dpo_nll, real.eval_splits) == (512, 0.0, "test")
 
 
@@ -61,7 +61,7 @@ def test_tiny_has_its_own_column_of_defaults():
     small = stepagent.parse([])
     assert (small.model, small.method) == ("tiny", "stepagent-implicit")
     assert (small.sft_lr, small.lr, small.beta, small.batch) == (2e-3, 5e-5, 1.0, 64)
-    assert (small.dtype, small.prompt, small.checkpointing) == ("float32", "none", False)
+    assert (small.dtype, small.prompt, small.checkpointing) == ("float32", "none", "false")
 
 
 @pytest.mark.parametrize("folder", ["tiny-household", "tiny-household-small"])
