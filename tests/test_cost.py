@@ -281,9 +281,11 @@ def peak(backbone: cost.Backbone, tokens: int, scored: int, entropy: bool) -> in
     return live.peak
 
 
-def needs(backbone: cost.Backbone, micro_tokens: int) -> dict[str, float]:
-    settings = replace(cost.SETTINGS, micro_tokens=micro_tokens)
-    return training_bytes(backbone.policy, settings, device="cpu")
+def needs(backbone: cost.Backbone, micro_tokens: int, device: str = "cpu") -> dict[str, float]:
+    settings = replace(cost.SETTINGS)
+    # No run has 0, which leaves what does not grow with tokens.
+    settings.micro_tokens = micro_tokens
+    return training_bytes(backbone.policy, settings, device=device)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +319,7 @@ def test_bytes_of_a_chunk_of_logits():
 def test_chunks_of_a_gpu_are_larger_and_counted(vocab, rows):
     assert chunk_rows(vocab, "cuda") == rows
     backbone = small(num_hidden_layers=1, vocab_size=vocab)
-    settings = replace(cost.SETTINGS, micro_tokens=0)
-    need = training_bytes(backbone.policy, settings)
+    need = needs(backbone, 0, "cuda")
     chunk = need["update"] - need["held"] - 2 * backbone.parameters
     assert chunk == 24 * max(2**23, rows * vocab)
 
