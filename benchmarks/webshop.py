@@ -560,9 +560,10 @@ def choose_options(options: dict[str, list[str]], wishes: list) -> dict[str, str
     """{option: value} for each option that fits a wish: an equal value, or else a similar one."""
     chosen = {}
     for option, values in options.items():
-        equal = [value for value in values if value in wishes or (option, value) in wishes]
-        pairs = itertools.product(map(colour_of, wishes), values)
-        similar = [value for wish, value in pairs if is_similar(wish, colour_of(value))]
-        if equal or similar:
-            chosen[option] = (equal or similar)[0]
+        fits = [value for value in values if value in wishes or (option, value) in wishes]
+        if not fits:
+            pairs = itertools.product(map(colour_of, wishes), values)
+            fits = [value for wish, value in pairs if is_similar(colour_of(value), wish)]
+        if fits:
+            chosen[option] = fits[0]
     return chosen

@@ -60,16 +60,18 @@ def load_experts(run: RunDir, env, plays: bool) -> list[Trajectory]:
     experts = sift(run, experts, list(named.values()), "that repeat a task")
     if hasattr(env, "right"):
         experts = sift(run, experts, env.right(experts), "whose answer is no exact match")
-    train, dev = (set(env.splits.get(name, [])) for name in ("train", "dev"))
+    # A name that is not the environment's may look like one of another task.
+    shown = set(tasks)
+    train, dev = (shown.intersection(env.splits.get(name, [])) for name in ("train", "dev"))
     if not config.train_on_test:
-        tested = set().union(*env.splits.values()) - train - dev
+        tested = (shown & set().union(*env.splits.values())) - train - dev
         kept = [expert for expert in experts if expert.task_id not in tested]
         experts = sift(run, experts, kept, "of test tasks, unless --train-on-test,")
     experts = experts[: config.experts or None]
     check_rewards(run, experts)
     if seen := sum(expert.task_id in dev for expert in experts):
         run.say(f"{config.expert}: {seen} of {len(experts)} plays are of dev tasks")
-    strange = [expert.task_id for expert in experts if expert.task_id not in tasks]
+    strange = [expert.task_id for expert in experts if expert.task_id not in shown]
     if strange and plays:
         raise InputError(
             f"{config.expert}: {strange[0]!r} is no task of {config.env}, but {config.method} "

@@ -119,6 +119,11 @@ def test_nobody_trains_on_test_tasks_unasked(tmp_path, world, plays, capsys):
     assert "given.jsonl: 1 of 3 plays are of dev tasks" in said
     asked = run_dir(tmp_path / "y", expert=path, train_on_test=True)
     assert len(load_experts(asked, world, False)) == 5
+    # It only looks like a test task.
+    world.task_of = lambda expert: None if expert.task_id == "test-0" else expert.task_id
+    kept = load_experts(run_dir(tmp_path / "v", expert=path), world, False)
+    assert names(kept) == ["train-0", "train-1", "test-0", "dev-1"]
+    del world.task_of
     # A world may train and test on a task.
     world.splits = world.splits | {"train": [*world.splits["train"], "test-0"]}
     assert len(load_experts(run_dir(tmp_path / "z", expert=path), world, False)) == 4
