@@ -476,9 +476,8 @@ def write_actions(
         count = passes_between_looks(device)
         noise = []
         for player, writes in zip(players, writing):
-            begin = len(player.action)
-            numbers = player.noise[begin : begin + count] if writes else []
-            noise.append(numbers + [0.0] * (count - len(numbers)))
+            own = player.noise[len(player.action) :][:count] if writes else []
+            noise.append(own + [0.0] * (count - len(own)))
         noise = torch.tensor(noise, dtype=torch.float64).to(device)
         cache.lengths = [player.length for player in players]
         tokens = [sample(head(model, hidden), temperatures, noise[:, 0])]

@@ -458,11 +458,10 @@ def flops(config, parts: list[tuple[int, int]], targets: int) -> float:
 
 def rates(found: dict, work: float, pairs: int) -> dict:
     seconds = found["ms"] / 1e3
-    mfu = round(work / seconds / PEAK, 3)
     return found | {
-        "TFLOP": round(work / 1e12, 1),
-        "MFU": mfu,
-        "pairs/s": round(pairs / seconds, 1),
+        "TFLOP": work / 1e12,
+        "MFU": work / seconds / PEAK,
+        "pairs/s": pairs / seconds,
     }
 
 
