@@ -1,6 +1,7 @@
 """experiments/gpu.py and gpu_job.py with tiny shapes on a CPU: they run, and find no difference."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,9 +108,11 @@ def test_figures_are_kept_and_only_failures_are_repeated(tmp_path):
 
 def test_the_job_runs_from_sft_to_a_table_and_continues(tmp_path, model, monkeypatch, capfd):
     """Its runs in this process; the second start finds all of them done."""
-    started = []
+    started, usual = [], subprocess.run
 
-    def run(words, cwd, check=False):
+    def run(words, *rest, **options):
+        if isinstance(words, str):
+            return usual(words, *rest, **options)
         if words[1] == "stepagent.py":
             started.append(words[words.index("--method") + 1])
             stepagent.main(stepagent.parse(words[2:]))
