@@ -57,6 +57,9 @@ def load(run: str) -> dict:
         evaluations[path.stem] = {"tasks": tasks, "rewards": rewards}
     agreements = {}
     for path in sorted(Path(run, "agreement").glob("*.jsonl")):
+        if path.name.startswith("experts_"):
+            # The demonstrations themselves.
+            continue
         demonstrations, tasks = by_task(path)
         agreements[path.stem] = {
             "tasks": tasks,
