@@ -272,7 +272,7 @@ OPTION_HITS = [
     ("xx-large", "3x-large", True),
     ("green", "green camo", False),
     ("wine red", "red wine", True),
-    ("rosé", "ros", True),
+    ("fée", "fe", True),
 ]
 
 # (a text, its stems) of Anserini 0.14.3's DefaultEnglishAnalyzer, as in pyserini 0.17.0.
@@ -285,6 +285,7 @@ LUCENE_STEMS = [
         "it's O'Neil's ❤ wi-fi don't u.s.a. e.g. foo_bar 3x4 is its ties running happily",
         "o'neil ❤ wi fi don't u.s.a e.g foo_bar 3x4 it ti run happili",
     ),
+    ("US size S, XS or OS", "us size s xs os"),
 ]
 # The last two are of equal length for Lucene, but 40 and 41 words long.
 LUCENE_TEXTS = {

@@ -27,6 +27,7 @@ from benchmarks.webshop import (
     Product,
     SearchIndex,
     ShoppingGoal,
+    choose_options,
     search_stems,
     title_nouns,
     webshop_reward,
@@ -521,7 +522,7 @@ def test_rows_of_expert_files_name_goals_by_number_if_the_text_is_the_goal_s(sho
 
 
 def test_an_option_with_the_text_of_a_button_cannot_be_chosen(tmp_path):
-    extras = {"Shows": [{"value": "Features"}, {"value": "Reviews"}]}
+    extras = {"Shows": [{"value": "Features"}, {"value": "Back to Search"}]}
     shop = open_shop(tmp_path, [shop_row(i, customization_options=extras) for i in range(3)])
     task_id = task_of(shop, 1, "features")
     episode, _ = shop.start(task_id)
@@ -529,6 +530,9 @@ def test_an_option_with_the_text_of_a_button_cannot_be_chosen(tmp_path):
     steps = play(episode, "search[model1]", *clicks)
     assert steps[2][0].endswith("< Prev [SEP] Rubber sole [SEP] Easy to clean")
     assert steps[-1][1:3] == (pytest.approx(2 / 3), True)
+    episode, first = shop.start(task_id)
+    returns = ("click[B000000001]", "click[Back to Search]")
+    assert pages(episode, "search[model1]", *returns)[-1] == first
 
 
 # ---------------------------------------------------------------------------- expert
@@ -568,6 +572,12 @@ def test_no_expert_where_the_product_is_not_found(tmp_path):
     assert len(shop.expert(task_of(shop, 0)).steps) == 3
     assert len(shop.expert(task_of(shop, 19)).steps) == 4
     assert shop.expert(task_of(shop, 59)) is None
+
+
+def test_the_expert_chooses_the_very_value_before_a_similar_one():
+    options = {"size": ["7", "7.5"]}
+    assert choose_options(options, [("size", "7.5")]) == {"size": "7.5"}
+    assert choose_options(options, ["7.5"]) == {"size": "7.5"}
 
 
 def test_no_expert_where_the_options_take_too_many_steps(tmp_path):
