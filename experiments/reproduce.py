@@ -4,6 +4,8 @@
     tune_d    the discriminator of StepAgent-Inverse and its PPO, on 500 dev tasks, three seeds
     table2    all methods from the same SFT within a seed, on 300 test and 300 test_unseen tasks
     nine      SFT, SFT+ and the two reflections on nine seeds
+    main      the same with today's discriminator, five seeds
+    one_set   the same with one set of demonstrations for SFT and practice, as in the paper
     table3    reward types of StepAgent-Inverse: step, final, both
     figure4   iterations 0 to 9 on dev; K = 1 to 5 on test
     sizes     the same with a model of 0.23M parameters
@@ -96,6 +98,8 @@ SEEDS = {
     "tune_d": [11, 12, 13],
     "table2": range(5),
     "nine": range(9),
+    "main": range(20, 25),
+    "one_set": range(20, 25),
     "table3": range(5),
     "figure4": [0, 5, 6, 7, 8],
     "sizes": [0, 1, 5, 6, 7, 8],
@@ -138,9 +142,12 @@ TAGS = {
     "expert_in_group": "_group",
     "batch": "_batch",
 }
-MODEL = "models/tiny-household"
-# Runs of the small model have names that begin with "small/".
 SMALL = "models/tiny-household-small"
+# Options of all runs whose names begin with this.
+SETTINGS = {
+    "small/": {"model": SMALL},
+    "one_set/": {"sft_experts": 1300, "practice_experts": 1300},
+}
 
 
 class Runs:
@@ -163,8 +170,10 @@ class Runs:
         for other in waits:
             other.result()
         out = self.out / name
-        model = SMALL if name.startswith("small/") else MODEL
-        options = {"env": "household", "model": model, "out": out, **options}
+        options = {"env": "household", "model": "models/tiny-household", "out": out, **options}
+        for setting, more in SETTINGS.items():
+            if name.startswith(setting):
+                options |= only_read(options["method"], more)
         if self.quick:
             options |= only_read(options["method"], QUICK)
         command = [sys.executable, "stepagent.py", *words_of(options)]
@@ -184,17 +193,21 @@ class Runs:
         for run in self.started.values():
             run.result()
 
-    def sft(self, seed: int, splits: tuple[str, ...], passes: int = START, size: str = "") -> str:
+    def sft(
+        self, seed: int, splits: tuple[str, ...], passes: int = START, setting: str = ""
+    ) -> str:
         options = {"method": "sft", "seed": seed, "sft_epochs": passes, **evaluated(splits)}
-        return self.start(f"{size}{splits[0]}/seed{seed}/sft{passes}", options)
+        return self.start(f"{setting}{splits[0]}/seed{seed}/sft{passes}", options)
 
-    def method(self, label: str, seed: int, splits: tuple[str, ...], size: str = "", **more) -> str:
+    def method(
+        self, label: str, seed: int, splits: tuple[str, ...], setting: str = "", **more
+    ) -> str:
         """A method from the SFT of the seed, with `more` options than its own.
 
         SFT+ takes the updates of Implicit with the same options.
         """
-        self.sft(seed, splits, size=size)
-        folder = f"{size}{splits[0]}/seed{seed}"
+        self.sft(seed, splits, setting=setting)
+        folder = f"{setting}{splits[0]}/seed{seed}"
         start = f"{folder}/sft{START}"
         options = {"seed": seed, "init": self.out / start / "policy", **evaluated(splits)}
         needs = [start]
@@ -202,7 +215,7 @@ class Runs:
             of_twin = dict(more)
             if "lr" in more:
                 of_twin["lr"] = RATES[IMPLICIT]
-            self.method(IMPLICIT, seed, splits, size, **of_twin)
+            self.method(IMPLICIT, seed, splits, setting, **of_twin)
             needs.append(f"{folder}/{run_name(IMPLICIT, of_twin)}")
             options["match"] = self.out / needs[-1]
         if label in RATES:
@@ -362,10 +375,10 @@ def tune_d(runs: Runs, seeds: list[int]) -> None:
     write(runs, "tune_d", [note(found, DEV), "", *markdown(rows), *agreement(found, DEV)], figures)
 
 
-def main_runs(runs: Runs, seeds: list[int], size: str = "") -> dict[str, list[str]]:
-    found = {"SFT": [runs.sft(seed, TEST, size=size) for seed in seeds]}
+def main_runs(runs: Runs, seeds: list[int], setting: str = "") -> dict[str, list[str]]:
+    found = {"SFT": [runs.sft(seed, TEST, setting=setting) for seed in seeds]}
     for label in MAIN:
-        found[label] = [runs.method(label, seed, TEST, size=size) for seed in seeds]
+        found[label] = [runs.method(label, seed, TEST, setting) for seed in seeds]
     return found
 
 
@@ -384,6 +397,14 @@ def table2(runs: Runs, seeds: list[int]) -> None:
 
 def nine(runs: Runs, seeds: list[int]) -> None:
     write_table(runs, "nine", main_runs(runs, seeds))
+
+
+def main_table(runs: Runs, seeds: list[int]) -> None:
+    write_table(runs, "main", main_runs(runs, seeds))
+
+
+def one_set(runs: Runs, seeds: list[int]) -> None:
+    write_table(runs, "one_set", main_runs(runs, seeds, "one_set/"))
 
 
 def table3(runs: Runs, seeds: list[int]) -> None:
@@ -611,8 +632,18 @@ def write(runs: Runs, name: str, lines: list[str], figures: dict) -> None:
     print(text, flush=True)
 
 
-EVERY = (tune, tune_d, table2, nine, table3, figure4, sizes, experts)
-PARTS = {part.__name__: part for part in EVERY}
+PARTS = {
+    "tune": tune,
+    "tune_d": tune_d,
+    "table2": table2,
+    "nine": nine,
+    "main": main_table,
+    "one_set": one_set,
+    "table3": table3,
+    "figure4": figure4,
+    "sizes": sizes,
+    "experts": experts,
+}
 
 
 def main() -> None:
