@@ -237,7 +237,7 @@ def score_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
         pool += [pair.chosen, pair.rejected]
     scores = score_all(agent, pool, None, f"iteration {i}: reference", "trunk")
     if agent.ranks.rank == 0:
-        sums = torch.tensor([one.trunk.sum() for one in scores]).view(-1, 2)
+        sums = torch.tensor([now.trunk.sum() for now in scores]).view(-1, 2)
         write_tensors(agent.run.path(f"iter_{i}/pairs.safetensors"), {"reference": sums})
     agent.run.log("pair", i, 0, pairs=len(pairs))
 
@@ -255,7 +255,7 @@ def reflect_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
 
     def loss_of(micro: list[Pair], batch: list[Pair]):
         both = [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
-        sums = torch.stack([one.trunk.sum() for one in score(agent.policy, both)])
+        sums = torch.stack([now.trunk.sum() for now in score(agent.policy, both)])
         chosen, rejected = sums.split(len(micro))
         ref_chosen = torch.tensor([pair.ref_chosen for pair in micro], device=sums.device)
         ref_rejected = torch.tensor([pair.ref_rejected for pair in micro], device=sums.device)
@@ -277,7 +277,9 @@ def retrain_on_successes(agent: Agent, i: int) -> None:
     """RFT: SFT from the base model, on the expert's trajectories and on new successes."""
     experts = [demonstration.encoded for demonstration in agent.experts]
     own = []
-    successes = [one for one in read_episodes(agent, i) if one.reward >= agent.config.success]
+    successes = [
+        episode for episode in read_episodes(agent, i) if episode.reward >= agent.config.success
+    ]
     for episode in new_episodes(agent, successes):
         own.append((episode, encode(episode, agent.tokenizer)))
     retrain(agent, i, experts, own)
@@ -290,7 +292,7 @@ def retrain_on_marked(agent: Agent, i: int) -> None:
         prompt = marked(agent.prompt, success)
         return encode(replace(trajectory, prompt=prompt), agent.tokenizer)
 
-    experts = [encode_marked(one.trajectory, True) for one in agent.experts]
+    experts = [encode_marked(demo.trajectory, True) for demo in agent.experts]
     own = []
     for episode in new_episodes(agent, read_episodes(agent, i)):
         own.append((episode, encode_marked(episode, episode.reward >= agent.config.success)))
@@ -302,18 +304,18 @@ def new_episodes(agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
     seen = set()
     for demonstration in agent.experts:
         seen.add((demonstration.task_id, decoded_actions(agent, demonstration.encoded)))
-    found = []
+    new = []
     for episode in episodes:
         key = (episode.task_id, action_texts(episode))
         if key not in seen:
             seen.add(key)
-            found.append(episode)
-    return found
+            new.append(episode)
+    return new
 
 
 def retrain(agent: Agent, i: int, experts: list[Encoded], own: list) -> None:
     """SFT from the base model. own: (episode, its encoding) of what is added."""
-    # A mark may be one word too many.
+    # NAT's mark may make a trajectory too long for the model's context.
     own = [(episode, item) for episode, item in own if fits(agent, item)]
     successes = [episode.reward >= agent.config.success for episode, _ in own]
     agent.run.log(
@@ -411,34 +413,34 @@ def judge(agent: Agent, i: int, reward: str) -> None:
     config, run = agent.config, agent.run
     played = read_played(agent, i)
     place = agent.fold_places()
-    places = {place[one.task_id] for one in played}
+    places = {place[record.task_id] for record in played}
     if min(sum(number % 2 == fold for number in places) for fold in FOLDS) < 2:
         raise InputError(
             f"episodes of {len(places)} tasks are too few for two value heads; give more train "
             "tasks"
         )
     fields = "trunk trunk_tokens state_hidden"
-    encoded = [one.encoded for one in played]
+    encoded = [record.encoded for record in played]
     scores = score_all(agent, encoded, None, f"iteration {i}: values", fields)
-    sizes = [len(one.encoded.spans) for one in played]
+    sizes = [len(record.encoded.spans) for record in played]
     # One entry a step, of all episodes: [S].
-    places = torch.tensor([place[one.task_id] for one in played])
+    places = torch.tensor([place[record.task_id] for record in played])
     places = places.repeat_interleave(torch.tensor(sizes))
-    real = torch.cat([one.real for one in played])
+    real = torch.cat([record.real for record in played])
     rewards = torch.zeros(len(real))
     if reward == "both":
-        rewards = step_rewards(agent, i, played, [one.trunk for one in scores])
+        rewards = step_rewards(agent, i, played, [now.trunk for now in scores])
         rewards[~real] = 0
         rewards *= scale_like_final(rewards.split(sizes), played)
     step_sum = rewards.sum().item()
-    for one, own in zip(played, rewards.split(sizes)):
-        own[one.steps - 1] += one.episode.reward
+    for record, on_steps in zip(played, rewards.split(sizes)):
+        on_steps[record.steps - 1] += record.episode.reward
 
     returns = []
-    for own in rewards.split(sizes):
-        returns.append(losses.gae(own, torch.zeros_like(own), config.gamma, 1.0))
+    for on_steps in rewards.split(sizes):
+        returns.append(losses.gae(on_steps, torch.zeros_like(on_steps), config.gamma, 1.0))
     returns = torch.cat(returns)
-    states = torch.cat([one.state_hidden for one in scores])
+    states = torch.cat([now.state_hidden for now in scores])
     values, figures = fit_values(agent, i, states, returns, places, real)
     advantages = episode_advantages(agent, played, rewards.split(sizes), values.split(sizes))
     advantages[real] = losses.whiten(advantages[real])
@@ -446,7 +448,7 @@ def judge(agent: Agent, i: int, reward: str) -> None:
         tensors = {
             "advantages": advantages,
             "real": real,
-            "old_tokens": torch.cat([one.trunk_tokens for one in scores]),
+            "old_tokens": torch.cat([now.trunk_tokens for now in scores]),
         }
         write_tensors(run.path(f"iter_{i}/advantages.safetensors"), tensors)
     unexplained = (returns - values)[real].var() / returns[real].var().clamp(min=1e-6)
@@ -470,19 +472,19 @@ def step_rewards(agent: Agent, i: int, played: list[Played], before: list[Tensor
         _, scored = split_by_part(agent, played, part)
         name = part_name("discriminator", part)
         read_weights(run, ranks, agent.policy, run.path(f"iter_{i}/{name}"))
-        encoded = [one.encoded for one in scored]
+        encoded = [record.encoded for record in scored]
         scores = score_all(agent, encoded, None, f"iteration {i}: D on episodes", "trunk")
         # A task may have several episodes.
-        logps |= {id(one): now.trunk for one, now in zip(scored, scores)}
+        logps |= {id(record): now.trunk for record, now in zip(scored, scores)}
     read_back(run, ranks, agent.policy)
-    logits = [logps[id(one)] - old for one, old in zip(played, before)]
+    logits = [logps[id(record)] - old for record, old in zip(played, before)]
     return (losses.step_reward(torch.cat(logits)) + most).clamp(-most, most)
 
 
 def scale_like_final(rewards: tuple[Tensor, ...], played: list[Played]) -> float:
     """The factor that gives an episode's summed step rewards the final rewards' deviation."""
-    final = torch.tensor([one.episode.reward for one in played]).std(unbiased=False).item()
-    summed = torch.stack([own.sum() for own in rewards]).std(unbiased=False).item()
+    final = torch.tensor([record.episode.reward for record in played]).std(unbiased=False).item()
+    summed = torch.stack([on_steps.sum() for on_steps in rewards]).std(unbiased=False).item()
     return (final if final > 1e-3 else 1.0) / max(summed, 1e-6)
 
 
@@ -501,7 +503,7 @@ def fit_values(
         before = run.path(f"iter_{i - 1}/value_{number}.safetensors")
         head = Head.load_or_make(before, states.shape[1], agent.seed("V", number)).to(device)
         fold = fold_of(places, number)
-        # What comes after a cut was not seen: there is no target.
+        # The state after a cut has no return to learn from.
         fold.learn = fold.learn[real[fold.learn]]
         fold.held_out = fold.held_out[real[fold.held_out]]
         figures.append(fit_value(head, states, returns, fold, agent, agent.seed(i, number)))
@@ -523,13 +525,13 @@ def episode_advantages(agent: Agent, played: list[Played], rewards, values) -> T
     """GAE over the turns of each episode; rewards, values: [n or n + 1] an episode. -> [S]."""
     config = agent.config
     advantages = []
-    for one, reward, value in zip(played, rewards, values):
-        steps = one.steps
+    for record, reward, value in zip(played, rewards, values):
+        steps = record.steps
         advantage = torch.zeros_like(value)
         last_value = 0.0
         if len(value) > steps:
             # A truncated episode: what more would have come.
-            last_value = max(0.0, value[steps].item() - one.episode.reward)
+            last_value = max(0.0, value[steps].item() - record.episode.reward)
         advantage[:steps] = losses.gae(
             reward[:steps], value[:steps], config.gamma, config.gae_lambda, last_value
         )
@@ -538,13 +540,13 @@ def episode_advantages(agent: Agent, played: list[Played], rewards, values) -> T
 
 
 def read_advantages(agent: Agent, i: int) -> list[Played]:
-    """The episodes with what judge said of them."""
+    """The episodes with what judge has saved of them."""
     played = read_played(agent, i)
     saved = read_tensors(agent.run.path(f"iter_{i}/advantages.safetensors"))
-    advantages = saved["advantages"].split([len(one.encoded.spans) for one in played])
-    old_tokens = saved["old_tokens"].split([one.encoded.action_tokens for one in played])
-    for one, advantage, old in zip(played, advantages, old_tokens):
-        one.advantage, one.old_tokens = advantage, old
+    advantages = saved["advantages"].split([len(record.encoded.spans) for record in played])
+    old_tokens = saved["old_tokens"].split([record.encoded.action_tokens for record in played])
+    for record, advantage, old in zip(played, advantages, old_tokens):
+        record.advantage, record.old_tokens = advantage, old
     return played
 
 
@@ -555,13 +557,15 @@ def reflect_episodes(agent: Agent, i: int) -> None:
     played = read_advantages(agent, i)
 
     def loss_of(micro: list[Played], batch: list[Played]):
-        scores = score(agent.policy, [one.encoded for one in micro], with_entropy=True)
-        logps = torch.cat([one.trunk_tokens for one in scores])
-        entropies = torch.cat([one.trunk_entropy for one in scores])
-        mask = torch.cat([one.on_tokens(one.real) for one in micro]).to(logps.device)
-        old = torch.cat([one.old_tokens for one in micro]).to(logps.device)
-        advantage = torch.cat([one.on_tokens(one.advantage) for one in micro]).to(logps.device)
-        count = sum(int(one.lengths[one.real].sum()) for one in batch)
+        scores = score(agent.policy, [record.encoded for record in micro], with_entropy=True)
+        logps = torch.cat([now.trunk_tokens for now in scores])
+        entropies = torch.cat([now.trunk_entropy for now in scores])
+        mask = torch.cat([record.on_tokens(record.real) for record in micro]).to(logps.device)
+        old = torch.cat([record.old_tokens for record in micro]).to(logps.device)
+        advantage = torch.cat([record.on_tokens(record.advantage) for record in micro]).to(
+            logps.device
+        )
+        count = sum(int(record.lengths[record.real].sum()) for record in batch)
         loss, info = losses.ppo_loss(logps, old, advantage, mask, config.clip, count)
         entropy = (entropies * mask).sum() / count  # lambda H of eq. 8
         kl = (losses.kl_k3(logps, old) * mask).sum() / count
@@ -571,7 +575,7 @@ def reflect_episodes(agent: Agent, i: int) -> None:
     shuffled = []
     for ppo_pass in range(config.ppo_passes):
         seeds = [agent.seed("episodes", (i, ppo_pass), epoch) for epoch in range(config.epochs)]
-        shuffled += batches(played, lambda one: one.steps, config.batch, seeds)
+        shuffled += batches(played, lambda record: record.steps, config.batch, seeds)
     train(agent, config.method, i, shuffled, loss_of, falling_rate(agent, i, len(shuffled)))
     agent.save(f"iter_{i}/policy")
     agent.run.say(f"reflect {i}: {len(played)} episodes, {len(shuffled)} updates; {took(started)}")

@@ -44,19 +44,19 @@ def logits_of(now: Scores, before: Practised) -> ActionValues:
 
 def phi_loss(scores: list[Scores], micro: list[Practised], batch: list[Practised]):
     """Eq. 11 on the actions of a micro-batch, divided by the whole batch's numbers."""
-    judged = [logits_of(now, before) for now, before in zip(scores, micro)]
-    expert = torch.cat([one.expert for one in judged])
-    agent = torch.cat([one.agent.flatten() for one in judged])
-    count_expert = sum(len(one.ref_expert) for one in batch)
-    count_agent = sum(one.ref_agent.numel() for one in batch)
+    logits = [logits_of(now, before) for now, before in zip(scores, micro)]
+    expert = torch.cat([values.expert for values in logits])
+    agent = torch.cat([values.agent.flatten() for values in logits])
+    count_expert = sum(len(record.ref_expert) for record in batch)
+    count_agent = sum(record.ref_agent.numel() for record in batch)
     return losses.discriminator_loss(expert, agent, count_expert, count_agent)  # eq. 11
 
 
 def parts_of(config) -> list[int | None]:
-    """Which discriminators an iteration trains (--d-scores).
+    """Which discriminators an iteration trains: [None], one on all tasks; or [0, 1], one per half.
 
-    learnt: one, which scores what it learnt from. held-out: two, each learns from one half of the
-    tasks and scores the other.
+    --d-scores learnt: it scores what it learnt from. held-out: each of the two learns from one half
+    of the tasks and scores the other.
     """
     return [None] if config.d_scores == "learnt" else [0, 1]
 
@@ -76,11 +76,11 @@ def split_by_part(agent: Agent, items: list, part: int | None) -> tuple[list, li
     return halves[1 - part], halves[part]
 
 
-def save_logits(agent: Agent, i: int, part: int | None, judged: list[ActionValues]) -> None:
+def save_logits(agent: Agent, i: int, part: int | None, logits: list[ActionValues]) -> None:
     if agent.ranks.rank == 0:
         tensors = {
-            "expert": torch.cat([one.expert for one in judged]),
-            "agent": torch.cat([one.agent for one in judged]),
+            "expert": torch.cat([values.expert for values in logits]),
+            "agent": torch.cat([values.agent for values in logits]),
         }
         write_tensors(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"), tensors)
 
@@ -91,23 +91,23 @@ def read_log_d(agent: Agent, i: int, practised: list[Practised]) -> list[ActionV
     for part in parts_of(agent.config):
         _, scored = split_by_part(agent, practised, part)
         saved = read_tensors(agent.run.path(part_name(f"iter_{i}/logits", part) + ".safetensors"))
-        steps = [len(one.ref_expert) for one in scored]
-        expert = losses.step_reward(saved["expert"]).split(steps)
-        actions = losses.step_reward(saved["agent"]).split(steps)
-        for one, *of_one in zip(scored, expert, actions):
-            log_d[one.task_id] = ActionValues(*of_one)
-    return [log_d[one.task_id] for one in practised]
+        steps = [len(record.ref_expert) for record in scored]
+        expert = losses.step_reward(saved["expert"]).split(steps)  # line 12
+        practice = losses.step_reward(saved["agent"]).split(steps)
+        for record, log_d_expert, log_d_practice in zip(scored, expert, practice):
+            log_d[record.task_id] = ActionValues(log_d_expert, log_d_practice)
+    return [log_d[record.task_id] for record in practised]
 
 
 def figures_of(
-    judged: list[ActionValues], practised: list[Practised], where: str
+    logits: list[ActionValues], practised: list[Practised], where: str
 ) -> dict[str, float]:
     """How well D tells expert from practice; where: learnt or held_out, the end of the names."""
-    if not judged:
+    if not logits:
         return {}
-    expert = torch.cat([one.expert for one in judged])
-    agent = torch.cat([one.agent for one in judged])
-    differs = torch.cat([one.differs for one in practised])
+    expert = torch.cat([values.expert for values in logits])
+    agent = torch.cat([values.agent for values in logits])
+    differs = torch.cat([record.differs for record in practised])
     loss = losses.discriminator_loss(expert, agent.flatten())[0].item()
     figures = {
         f"d_auc_{where}": losses.area_under_curve(expert, agent.flatten()),
@@ -123,10 +123,10 @@ def figures_of(
 
 
 def reward_figures(log_d: list[ActionValues], practised: list[Practised]) -> dict[str, float]:
-    """What log D, the reward, says of expert and practice actions."""
-    expert = torch.cat([one.expert for one in log_d])
-    agent = torch.cat([one.agent for one in log_d])
-    equal = ~torch.cat([one.differs for one in practised])
+    """The reward, log D, of expert and practice actions."""
+    expert = torch.cat([values.expert for values in log_d])
+    agent = torch.cat([values.agent for values in log_d])
+    equal = ~torch.cat([record.differs for record in practised])
     means = {"log_d_expert": expert.mean().item(), "log_d_agent": agent.mean().item()}
     return means | losses.reward_gap(agent, equal)
 
@@ -164,7 +164,7 @@ class Head(nn.Module):
 
 @dataclass
 class Fold:
-    """Numbers of the steps to learn from, to stop by, and to judge."""
+    """Indices of steps: what a head is fitted on, what decides when it stops, what it judges."""
 
     learn: Tensor
     held_out: Tensor
@@ -177,6 +177,7 @@ def fold_of(places: Tensor, fold: int) -> Fold:
     A head learns from the tasks at every other place, and is stopped by a fifth of them (by all,
     where they are too few). It judges the tasks left out.
     """
+    # Even and odd places are the two folds. In the fold that learns, every fifth is held out.
     judged = places % 2 == fold
     held_out = ~judged & (places // 2 % 5 == 0)
     learn = ~judged & ~held_out
@@ -194,19 +195,20 @@ def fit(
     fold: Fold,
     lr: float,
     seed: int,
-    most: int = 50,
+    max_passes: int = 50,
     patience: int = 3,
 ) -> dict[str, float]:
-    """Adam until the held-out loss has not fallen for `patience` passes; the best weights stay.
+    """Adam until the held-out loss has not fallen for more than `patience` passes.
 
-    features: what the input is standardised by. loss_on(step numbers) -> loss. -> figures.
+    The best weights stay. features: what the input is standardised by. loss_on(step indices) ->
+    loss. -> figures.
     """
     head.mean = features.mean(0)
     head.std = features.std(0) + 1e-6
     optimizer = torch.optim.Adam(head.mlp.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     best, best_weights, waited = math.inf, None, 0
-    for passes in range(most + 1):
+    for passes in range(max_passes + 1):
         with torch.no_grad():
             held_out_loss = loss_on(fold.held_out).item()
         if held_out_loss < best:
@@ -214,7 +216,7 @@ def fit(
             best_weights = {name: weight.clone() for name, weight in head.state_dict().items()}
         else:
             waited += 1
-        if waited > patience or passes == most or not math.isfinite(held_out_loss):
+        if waited > patience or passes == max_passes or not math.isfinite(held_out_loss):
             break
         order = torch.randperm(len(fold.learn), generator=generator)
         for steps in fold.learn[order].split(256):

@@ -29,7 +29,7 @@ def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Exact entropy of each token's distribution, in nats. [.., V] -> [..], fp32."""
     logps = torch.log_softmax(_wide(logits), -1)
-    return -(logps.exp() * logps).sum(-1)
+    return -(logps.exp() * logps).sum(-1)  # H of eq. 8
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -38,7 +38,10 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, count: float | None, mask: Tensor | None = None) -> Tensor:
-    """Sum of the values where mask holds, over count. Masked-out values may be anything."""
+    """Mean of values[mask]; with `count` their sum / count, a part's share of a batch's mean.
+
+    Masked-out values may be anything, also nan.
+    """
     if count is None:
         count = values.numel() if mask is None else int(mask.sum())
     if mask is not None:
@@ -105,7 +108,7 @@ def step_reward(logit: Tensor, floor: float = -5.0) -> Tensor:
 
     Rises with expert-likeness, 0 at best, never below `floor` nats.
     """
-    return F.logsigmoid(logit).clamp(min=floor)
+    return F.logsigmoid(logit).clamp(min=floor)  # line 12
 
 
 def gae(
@@ -116,12 +119,12 @@ def gae(
     last_value: V of the state after a truncated end.
     """
     advantages = torch.zeros_like(values)
-    following = 0.0
+    advantage = 0.0
     next_value = last_value
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_value - values[t]
-        following = delta + gamma * lam * following
-        advantages[t] = following
+        advantage = delta + gamma * lam * advantage
+        advantages[t] = advantage
         next_value = values[t]
     return advantages
 
@@ -153,7 +156,7 @@ def ppo_loss(
     log_ratio = torch.where(mask.bool(), logps - old_logps, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    loss = -_mean(torch.min(ratio * advantages, clipped * advantages), count, mask)
+    loss = -_mean(torch.min(ratio * advantages, clipped * advantages), count, mask)  # eq. 8
     outside = (ratio.detach() - 1).abs() > clip
     info = {
         "ppo_loss": loss.detach(),

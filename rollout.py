@@ -77,16 +77,17 @@ def score(
     placed = [lay_out(tree, item, actions) for item, actions in zip(encoded, leaves)]
     ids, positions = tree.tensors(model.device)
 
-    # What comes out: hidden states [1, T, d], and log-probs and entropies [N] of N predictions,
-    # which actions that begin alike share; rows, targets [N].
-    number_of: dict[Prediction, int] = {}
+    # The N distinct predictions (row index, token): actions that begin alike share theirs.
+    index_of: dict[Prediction, int] = {}
     for expert, agent in placed:
         for action in expert + agent:
             for prediction in action.predictions():
-                number_of.setdefault(prediction, len(number_of))
-    rows, targets = numbers(list(number_of), model.device).T
-    hidden, *values = model.scoring(ids, positions, tree, rows, targets, with_entropy)
-    return [read_scores(hidden[0], *values, number_of, *actions) for actions in placed]
+                index_of.setdefault(prediction, len(index_of))
+    rows, targets = numbers(list(index_of), model.device).T
+    # What comes out: hidden states [1, T, d], log-probs and entropies [N]. It is `scoring` of
+    # tree.py, which use_tree_attention has made a method of the model.
+    hidden, logps, entropies = model.scoring(ids, positions, tree, rows, targets, with_entropy)
+    return [read_scores(hidden[0], logps, entropies, index_of, *actions) for actions in placed]
 
 
 # (row index, the token predicted there)
@@ -115,19 +116,21 @@ def lay_out(tree: TrunkAndLeaves, item: Encoded, leaves: list) -> tuple[list[Pla
     expert = []
     placed: dict[tuple, Placed] = {}
     for step, (start, end) in enumerate(item.spans):
+        # From the token before the action, which predicts its first one, to the action's last.
         expert.append(Placed(list(range(trunk + start - 1, trunk + end)), item.ids[start:end]))
-        # Where a leaf branches off, what is not on the trunk, and its row so far.
         branching = []
         for ids in distinct[step]:
             common = shared(item, step, ids)
-            row = list(range(trunk + start - 1, trunk + start + common))
-            placed[step, ids] = Placed(row, ids)
-            if common < len(ids):
-                branching.append((start + common, list(ids[common:]), row))
+            on_trunk = list(range(trunk + start - 1, trunk + start + common))
+            if common == len(ids):
+                placed[step, ids] = Placed(on_trunk, ids)
+            else:
+                branching.append((ids, common, on_trunk))
         if branching:
-            starts = tree.add_leaves([(branch, rest) for branch, rest, _ in branching])
-            for first, (_, rest, row) in zip(starts, branching):
-                row += range(first, first + len(rest))
+            new = [(start + common, list(ids[common:])) for ids, common, _ in branching]
+            for first, (ids, common, on_trunk) in zip(tree.add_leaves(new), branching):
+                on_leaf = list(range(first, first + len(ids) - common))
+                placed[step, ids] = Placed(on_trunk + on_leaf, ids)
     return expert, [placed[step, tuple(ids)] for step, ids in leaves]
 
 
@@ -152,7 +155,7 @@ def read_scores(
     hidden: Tensor,
     logps: Tensor,
     entropies: Tensor | None,
-    number_of: dict[Prediction, int],
+    index_of: dict[Prediction, int],
     expert: list[Placed],
     agent: list[Placed],
 ) -> Scores:
@@ -160,8 +163,8 @@ def read_scores(
     device = hidden.device
 
     def predicted(actions: list[Placed]) -> Tensor:
-        found = [number_of[pair] for action in actions for pair in action.predictions()]
-        return numbers(found, device)
+        indices = [index_of[pair] for action in actions for pair in action.predictions()]
+        return numbers(indices, device)
 
     def summed(values: Tensor, actions: list[Placed]) -> Tensor:
         owner = []
@@ -262,17 +265,20 @@ class PracticeRows:
         for trunk, (item, generator) in enumerate(zip(encoded, generators)):
             for start, end in item.spans:
                 steps.append([trunk, start, end - start])
-                # Its last token ends the action: nobody follows it.
+                # Without its last token, which ends the action. -1 equals no token: there every
+                # row leaves the trunk.
                 action = item.ids[start : end - 1][:max_new_tokens]
                 expert.append(action + [-1] * (max_new_tokens - len(action)))
             size = (len(item.spans) * len(temperatures), max_new_tokens)
             noise.append(torch.rand(size, generator=generator, dtype=torch.float64))
-        of_step = torch.tensor(steps, device=device)
-        first_hidden = of_step[:, 2].cumsum(0) - of_step[:, 2]
+        trunk, start, length = torch.tensor(steps, device=device).T
+        # There is a hidden state for each expert token, step after step.
+        first_hidden = length.cumsum(0) - length
 
         copies = len(temperatures)
         # [R] the row's trunk, where its action starts on it, its first row in the hidden states.
-        self.trunk, self.start, _ = of_step.repeat_interleave(copies, 0).T
+        self.trunk = trunk.repeat_interleave(copies)
+        self.start = start.repeat_interleave(copies)
         self.first_hidden = first_hidden.repeat_interleave(copies)
         # [R, max_new_tokens] the expert's tokens, and each token's own random number.
         self.expert = torch.tensor(expert, device=device).repeat_interleave(copies, 0)
@@ -295,7 +301,7 @@ class PracticeRows:
     def write(self, model, rows: Tensor, hidden: Tensor, place: Tensor) -> Tensor:
         """Samples the token at `place` [r] of these rows from hidden states [r, d]."""
         temperature = None if self.temperature is None else self.temperature[rows]
-        token = sample(head(model, hidden), temperature, self.noise[rows, place])
+        token = sample(head(model, hidden), temperature, self.noise[rows, place])  # eq. 5
         self.written[rows, place] = token
         is_last = torch.isin(token, self.stops) | (place == self.allowed[rows] - 1)
         lengths = self.lengths[rows]
@@ -311,9 +317,11 @@ def follow_expert(model, rows: PracticeRows, hidden: Tensor) -> None:
     """Samples from the trunk's own states for as long as the tokens are the expert's."""
     following = torch.arange(len(rows.trunk), device=hidden.device)
     for place in range(rows.longest):
+        # These rows have repeated the expert's first `place` tokens.
         rows.common[following] = place
+        places = torch.full_like(following, place)
         states = hidden[rows.first_hidden[following] + place]
-        token = rows.write(model, following, states, rows.common[following])
+        token = rows.write(model, following, states, places)
         following = following[token == rows.expert[following, place]]
         if len(following) == 0:
             break
@@ -324,6 +332,7 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
     writing = (rows.lengths == 0).nonzero()[:, 0]
     if len(writing) == 0:
         return
+    # A row leaves the trunk where its last sampled token differs: that is its leaf's first token.
     branch = (rows.start + rows.common)[writing]
     cache = LeafCache(trunks, rows.trunk[writing], branch)
     token = rows.written[writing, rows.common[writing]]
@@ -331,9 +340,10 @@ def decode(model, rows: PracticeRows, trunks: dict) -> None:
         position = within_context(model, cache.prefix + cache.length)
         hidden = forward(model, token[:, None], position[:, None], cache)[:, 0]
         cache.advance()
+        # The place of the next token. Clamped: a finished row writes on, into a spare column.
         place = (rows.common[writing] + cache.length).clamp(max=rows.longest)
         token = rows.write(model, writing, hidden, place)
-        if cache.length % passes_between_looks(hidden.device):
+        if cache.length % passes_between_looks(hidden.device) != 0:
             continue
         alive = (rows.lengths[writing] == 0).nonzero()[:, 0]
         # Finished rows leave in bulk: moving the cache costs, too.
@@ -349,20 +359,21 @@ def passes_between_looks(device: torch.device) -> int:
 
 
 def within_context(model, positions: Tensor) -> Tensor:
-    """What nobody reads, padding and finished rows, must not stand past the model's context."""
+    """Positions of what is not used, padding and finished rows, clamped to the model's context."""
     return positions.clamp(max=model.config.max_position_embeddings - 1)
 
 
 def grouped(items: Iterable, size: Callable, limit: float) -> list[list]:
     """Consecutive groups of at most `limit` in size together; one item may exceed it alone."""
     groups: list[list] = []
-    total = float("inf")
+    total = 0
     for item in items:
-        if total + size(item) > limit:
+        item_size = size(item)
+        if not groups or total + item_size > limit:
             groups.append([])
             total = 0
         groups[-1].append(item)
-        total += size(item)
+        total += item_size
     return groups
 
 
@@ -415,8 +426,8 @@ def run_episodes(
                 hidden = hidden[alive]
                 players = [players[i] for i in alive]
             read_observations(model, players, cache, hidden, max_new_tokens)
-            hidden, written = write_actions(model, players, cache, hidden, temperature, stops)
-            for player in written:
+            hidden, with_action = write_actions(model, players, cache, hidden, temperature, stops)
+            for player in with_action:
                 worlds.ask(player)
         return [finished[task] for task in task_ids]
     finally:
@@ -460,45 +471,47 @@ def write_actions(
     """
     device = model.device
     writing = [player.job is None for player in players]
-    written = []
+    with_action = []
     temperatures = None
     if temperature > 0:
         temperatures = torch.full((len(players),), float(temperature), device=device)
 
     def read(token: Tensor) -> Tensor:
-        """One more token of each player. Those who do not write idle: their length stands still."""
+        """Reads one more token of each player; the length of those who do not write stays."""
         positions = within_context(model, cache.begin(1))
         states = forward(model, token[:, None], positions, cache)[:, 0]
         cache.lengths = [length + writes for length, writes in zip(cache.lengths, writing)]
         return states
 
-    while any(writing) and 4 * len(written) < len(players):
-        count = passes_between_looks(device)
+    # Until a quarter of the players have an action.
+    while any(writing) and 4 * len(with_action) < len(players):
+        ahead = passes_between_looks(device)
         noise = []
         for player, writes in zip(players, writing):
-            own = player.noise[len(player.action) :][:count] if writes else []
-            noise.append(own + [0.0] * (count - len(own)))
+            upcoming = player.noise[len(player.action) :][:ahead] if writes else []
+            noise.append(upcoming + [0.0] * (ahead - len(upcoming)))
         noise = torch.tensor(noise, dtype=torch.float64).to(device)
+        # Tokens read beyond the end of an action are forgotten here.
         cache.lengths = [player.length for player in players]
         tokens = [sample(head(model, hidden), temperatures, noise[:, 0])]
-        for place in range(1, count):
+        for place in range(1, ahead):
             hidden = read(tokens[-1])
             tokens.append(sample(head(model, hidden), temperatures, noise[:, place]))
         for i, (player, values) in enumerate(zip(players, torch.stack(tokens, 1).tolist())):
             if not writing[i]:
                 continue
-            # What is written beyond the end of an action nobody reads.
+            # What follows the end of an action is not used.
             for value in values:
                 player.action.append(value)
                 if value in stops or len(player.action) == player.allowed:
                     player.pending = [value]
                     writing[i] = False
-                    written.append(player)
+                    with_action.append(player)
                     break
                 player.length += 1
         if any(writing):
             hidden = read(tokens[-1])
-    return hidden, written
+    return hidden, with_action
 
 
 def of_like_length(rows: list[int], length_of: Callable, most: int = 16384) -> list[list[int]]:
@@ -506,8 +519,11 @@ def of_like_length(rows: list[int], length_of: Callable, most: int = 16384) -> l
     groups: list[list[int]] = []
     for row in sorted(rows, key=length_of):
         length = length_of(row)
-        fits = groups and length * (len(groups[-1]) + 1) <= most
-        if not fits or length > 2 * length_of(groups[-1][0]) + 64:
+        if (
+            not groups
+            or length * (len(groups[-1]) + 1) > most
+            or length > 2 * length_of(groups[-1][0]) + 64
+        ):
             groups.append([])
         groups[-1].append(row)
     return [sorted(group) for group in groups]

@@ -20,7 +20,7 @@ contradicts itself we read it as follows; docs/readings.md gives the reasons.
 10. A practice action is a one-step episode: reward log D, baseline the state's other actions.
 11. Reflection's learning rate falls along one cosine over all iterations; AdamW starts afresh.
 12. beta is not given: 0.1 for real models, 1 for tiny, whose rates are a hundred times as high.
-13. tiny practises other demonstrations than SFT's, which it has memorised; real models the same.
+13. Preset tiny practises on demonstrations that SFT has not seen; preset real on SFT's own.
 14. Table 3's `final` and `both` play whole episodes with a value head, GAE over turns.
 15. Tables are cited as they are; SPIN is SPIN's own paper; ScienceWorld has ETO's test tasks.
 """
@@ -145,11 +145,11 @@ def sft_plus(agent: Agent, i: int) -> None:
 class Method:
     """A row of the tables."""
 
-    # Iterations of Algorithm 1 (the paper's peak, or the method's own paper's).
+    # Iterations of Algorithm 1: the peak of the paper's Figure 4, or that of the method's paper.
     rounds: int
     # What an iteration does; none for base and sft.
     iteration: Callable[[Agent, int], None] | None
-    # The options it reads, of those that only some methods read; others are refused.
+    # Options that this method reads, among those that not every method reads. Others are refused.
     reads: str
     imitates: bool = True
     # The agent plays the tasks of the expert trajectories.
@@ -221,9 +221,9 @@ class Config:
     expert: str = ""
     # expert trajectories to use, 0 = all of the train split
     experts: int = default(0, tiny=1300, least=0)
-    # of these, at most how many SFT learns from (the first ones), 0 = all
+    # at most how many of the expert trajectories SFT learns from (the first ones), 0 = all
     sft_experts: int = default(0, tiny=700, least=0)
-    # of these, at most how many are practised (the last ones), 0 = all
+    # at most how many of the expert trajectories are practised (the last ones), 0 = all
     practice_experts: int = default(0, tiny=600, least=0)
     # full: instruction and one-shot example; none: a model made from scratch needs neither. The
     # prompt of an expert file gets the example (full), or stands (none)
@@ -248,7 +248,8 @@ class Config:
     iterations: int = default(-1, tiny=2, least=-1)
     # K, practice actions per expert step (paper's peak)
     practice: int = default(3, least=1)
-    # of practice, and of the episodes that ppo, dpo and spin learn from; 0 = greedy
+    # sampling temperature of practice, and of the episodes that ppo, dpo and spin learn from;
+    # 0 = greedy
     temperature: float = default(1.0, least=0)
 
     # ---- reflection, eq. 6, 8-11
@@ -266,14 +267,13 @@ class Config:
     reward: Literal["step", "final", "both"] = "step"
     # learning rate of the discriminator, a copy of the policy
     d_lr: float = default(2.5e-6, tiny=5e-4, least=0)
-    # its passes over the iteration's actions
+    # the discriminator's passes over the iteration's actions
     d_epochs: int = default(2, least=1)
     # practice actions per update of the discriminator
     d_batch: int = default(64, least=1)
     # the discriminator scores what it learnt from (Algorithm 1), or the other half of the tasks
     d_scores: Literal["learnt", "held-out"] = "learnt"
-    # the expert's action learns from its own log D, too, beside the state's practice (not in the
-    # paper)
+    # also train on the expert's action, with its own log D as reward (not in the paper)
     expert_in_group: bool = False
     # PPO clip range
     clip: float = default(0.2, above=0)
@@ -283,11 +283,12 @@ class Config:
     entropy: float = default(0.01, least=0)
     # weight of KL(policy || reference) in PPO, k3 estimate
     kl: float = default(0.0, least=0)
-    # take each update's trajectories from this run's updates: then the two differ in loss and --lr
+    # run directory of another run: take the same trajectories in each update, so that the two
+    # differ in loss and --lr only
     match: str = ""
 
     # ---- whole episodes (baselines, Table 3)
-    # of the episodes that eto, rft and nat learn from (ETO)
+    # sampling temperature of the episodes that eto, rft and nat learn from (ETO)
     explore_temperature: float = default(0.7, least=0)
     # episodes played per train task; 0 = the method's own: 4 for rft and nat, 1 otherwise
     samples: int = default(0, least=0)
@@ -353,7 +354,7 @@ def inspect(agent: Agent, i: int) -> None:
     figures = practice_figures(agent, practised)
     run.log("inspect", i, 0, **figures, seconds=time.time() - started)
     run.say(
-        f"inspect {i}: {sum(one.differs.numel() for one in practised)} practice actions, "
+        f"inspect {i}: {sum(record.differs.numel() for record in practised)} practice actions, "
         f"{figures['match_text']:.1%} equal the expert's; {took(started)}"
     )
 
@@ -367,14 +368,14 @@ def practise(
     """
     config, ranks = agent.config, agent.ranks
     copies = len(temperatures)
-    shares = ranks.shares(demonstrations, lambda one: expected_tokens(one.encoded, copies))
+    shares = ranks.shares(demonstrations, lambda demo: expected_tokens(demo.encoded, copies))
     # Like lengths together: less padding.
-    mine = sorted(shares[ranks.rank], key=lambda one: one.encoded.tokens)
-    found = {}
-    with agent.generating(label, len(mine)) as bar:
-        for group in groups_that_fit(agent, mine, copies):
-            encoded = [demonstration.encoded for demonstration in group]
-            seeds = [agent.seed(*seed, demonstration.task_id) for demonstration in group]
+    my_share = sorted(shares[ranks.rank], key=lambda demo: demo.encoded.tokens)
+    by_task = {}
+    with agent.generating(label, len(my_share)) as bar:
+        for group in groups_that_fit(agent, my_share, copies):
+            encoded = [demo.encoded for demo in group]
+            seeds = [agent.seed(*seed, demo.task_id) for demo in group]
             actions = practice(
                 agent.policy,
                 encoded,
@@ -385,14 +386,12 @@ def practise(
                 [torch.Generator().manual_seed(seed) for seed in seeds],
                 config.micro_tokens,
             )  # eq. 5
-            found |= score_practice(agent, group, actions)
+            by_task |= score_practice(agent, group, actions)
             bar.update(len(group))
-    for part in ranks.gather(found):
-        found |= part
-    practised = []
-    for demonstration in demonstrations:
-        practised.append(replace(found[demonstration.task_id], demonstration=demonstration))
-    return practised
+    for part in ranks.gather(by_task):
+        by_task |= part
+    # The demonstrations are put back in, in the caller's order.
+    return [replace(by_task[demo.task_id], demonstration=demo) for demo in demonstrations]
 
 
 def expected_tokens(encoded: Encoded, k: int) -> int:
@@ -406,10 +405,9 @@ def groups_that_fit(
     """Trajectories whose practice is decoded together: at most --leaves, within the memory."""
     config, room = agent.config, agent.cache_room()
 
-    def share(demonstration: Demonstration) -> float:
-        encoded = demonstration.encoded
-        leaves = len(encoded.spans) * copies
-        tokens = encoded.tokens + leaves * config.max_new_tokens
+    def share(demo: Demonstration) -> float:
+        leaves = len(demo.encoded.spans) * copies
+        tokens = demo.encoded.tokens + leaves * config.max_new_tokens
         return max(leaves / config.leaves, tokens / room)
 
     return grouped(demonstrations, share, 1)
@@ -419,17 +417,21 @@ def score_practice(
     agent: Agent, group: list[Demonstration], actions: list[list[list[list[int]]]]
 ) -> dict[str, Practised]:
     """One scoring pass of pi_i: what later phases need, keyed by task."""
-    found = {}
-    sized = list(zip(group, actions, map(as_leaves, actions)))
-    limit = agent.config.micro_tokens
-    for micro in grouped(sized, lambda item: pass_tokens(item[0].encoded, item[2]), limit):
-        demonstrations, of_micro, leaves = zip(*micro)
-        scores = score(agent.policy, [one.encoded for one in demonstrations], list(leaves))
-        for demonstration, written, of_one in zip(demonstrations, of_micro, scores):
-            practised = practised_from(agent, demonstration, written, of_one)
-            # It travels between ranks, which have the demonstrations.
-            found[demonstration.task_id] = replace(practised, demonstration=None)
-    return found
+
+    def tokens_of(entry: tuple) -> int:
+        demo, _, leaves = entry
+        return pass_tokens(demo.encoded, leaves)
+
+    entries = list(zip(group, actions, map(as_leaves, actions)))
+    by_task = {}
+    for micro in grouped(entries, tokens_of, agent.config.micro_tokens):
+        demos, micro_actions, leaves = zip(*micro)
+        scores = score(agent.policy, [demo.encoded for demo in demos], list(leaves))
+        for demo, demo_actions, demo_scores in zip(demos, micro_actions, scores):
+            record = practised_from(agent, demo, demo_actions, demo_scores)
+            # Records travel between ranks without the demonstration, which every rank has.
+            by_task[demo.task_id] = replace(record, demonstration=None)
+    return by_task
 
 
 # =========================================================== reflection with implicit reward, eq. 6
@@ -440,43 +442,50 @@ def reflect_implicit(agent: Agent, i: int, practised: list[Practised]) -> None:
     config = agent.config
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
-        scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
-        pairs = sum(int(one.differs.sum()) for one in batch)
-        loss, info = implicit_loss(scores, micro, config.beta, pairs)
-        # A pair of equal actions has margin 0: it is not won.
-        every = sum(one.differs.numel() for one in batch)
-        info["accuracy_all"] = info["accuracy"] * pairs / every
-        logps = torch.cat([one.trunk_tokens for one in scores])
-        count = sum(one.encoded.action_tokens for one in batch)
+        scores = score_practised(agent, micro)
+        kept = sum(kept_pairs(record) for record in batch)
+        loss, info = step_dpo_loss(scores, micro, config.beta, kept)
+        # A pair of equal actions has margin 0 and is not won: only the denominator changes.
+        all_pairs = sum(record.differs.numel() for record in batch)
+        info["accuracy_all"] = info["accuracy"] * kept / all_pairs
+        logps = torch.cat([now.trunk_tokens for now in scores])
+        count = sum(record.encoded.action_tokens for record in batch)
         nll, figures = losses.sft_loss(logps, torch.ones_like(logps), count)
         if config.dpo_nll:
             loss = loss + config.dpo_nll * nll
         return loss, info | figures
 
-    useful = [one for one in practised if config.dpo_nll or one.differs.any()]
+    useful = [record for record in practised if config.dpo_nll or record.differs.any()]
     seeds = [agent.seed("implicit", i, epoch) for epoch in range(config.epochs)]
     reflect(agent, "implicit", i, batches(useful, kept_pairs, config.batch, seeds), loss_of)
 
 
-def implicit_loss(scores: list[Scores], practised: list[Practised], beta: float, pairs: int):
+def score_practised(agent: Agent, records: list[Practised], with_entropy=False) -> list[Scores]:
+    """Expert and practice actions under the policy as it is now."""
+    encoded = [record.encoded for record in records]
+    return score(agent.policy, encoded, [record.leaves for record in records], with_entropy)
+
+
+def step_dpo_loss(scores: list[Scores], practised: list[Practised], beta: float, pairs: int):
     """Eq. 6 over the step pairs of these trajectories that differ, divided by `pairs`."""
     parts = []
     for now, before in zip(scores, practised):
         device = now.trunk.device
-        # [P] the pairs that differ, by step and by number: a mask would make the host wait.
-        step, number = before.differs.nonzero().T
+        # [P] step and practice number of each pair that differs. They are made on the CPU, where
+        # `differs` is: a mask on a GPU would make the host wait for its size.
+        step, k = before.differs.nonzero().T
         ref_expert = before.ref_expert[step].to(device)
-        ref_agent = before.ref_agent[step, number].to(device)
-        step, number = step.to(device), number.to(device)
-        agent = now.leaves.view(before.differs.shape)[step, number]
+        ref_agent = before.ref_agent[step, k].to(device)
+        step, k = step.to(device), k.to(device)
+        agent = now.leaves.view(before.differs.shape)[step, k]
         parts.append(
             losses.dpo_loss(now.trunk[step], agent, ref_expert, ref_agent, beta, pairs)  # eq. 6
         )
     return losses.add_up(parts)
 
 
-def kept_pairs(one: Practised) -> int:
-    return int(one.differs.sum())
+def kept_pairs(record: Practised) -> int:
+    return int(record.differs.sum())
 
 
 def reflect(agent: Agent, name: str, i: int, shuffled: list[list], loss_of: Callable) -> None:
@@ -500,19 +509,22 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     """
     config, run, ranks = agent.config, agent.run, agent.ranks
     started = time.time()
-    learnt, unseen = split_by_part(agent, practised, part)
     if part is None:
+        # One D, which scores what it learnt from (reading 3). It is tested on dev tasks.
+        learnt = practised
         temperatures = [config.temperature] * config.practice
         label = f"iteration {i}: practice for D's test"
-        held_out = agent.held_out("dev", agent.prompt, 100)
-        unseen = practise(agent, held_out, temperatures, label, i)
+        dev_demos = agent.held_out("dev", agent.prompt, 100)
+        held_out = practise(agent, dev_demos, temperatures, label, i)
+    else:
+        # It learns from one half of the tasks and scores the other.
+        learnt, held_out = split_by_part(agent, practised, part)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
-        scores = score(agent.policy, [one.encoded for one in micro], [one.leaves for one in micro])
-        return phi_loss(scores, micro, batch)  # eq. 11
+        return phi_loss(score_practised(agent, micro), micro, batch)  # eq. 11
 
     seeds = [agent.seed("D", i, part, epoch) for epoch in range(config.d_epochs)]
-    shuffled = batches(learnt, lambda one: one.differs.numel(), config.d_batch, seeds)
+    shuffled = batches(learnt, lambda record: record.differs.numel(), config.d_batch, seeds)
 
     def rate_at(step: int) -> float:
         return config.d_lr * cosine(step / len(shuffled))
@@ -520,26 +532,28 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
     name = part_name("discriminator", part)
     train(agent, name, i, shuffled, loss_of, rate_at)
     save_policy(run, ranks, agent.policy, agent.tokenizer, run.path(f"iter_{i}/{name}"))
-    every = learnt + unseen
-    encoded, leaves = [one.encoded for one in every], [one.leaves for one in every]
+    judged = learnt + held_out
+    encoded, leaves = [record.encoded for record in judged], [record.leaves for record in judged]
     scores = score_all(agent, encoded, leaves, f"iteration {i}: D", "trunk leaves")
     read_back(run, ranks, agent.policy)
 
-    judged = [logits_of(now, before) for now, before in zip(scores, every)]
-    of_learnt, of_unseen = judged[: len(learnt)], judged[len(learnt) :]
-    save_logits(agent, i, part, of_learnt if part is None else of_unseen)
+    logits = [logits_of(now, before) for now, before in zip(scores, judged)]
+    learnt_logits, held_out_logits = logits[: len(learnt)], logits[len(learnt) :]
+    # What PPO will use: of the tasks that it learnt from with one D, of the other half with two.
+    save_logits(agent, i, part, learnt_logits if part is None else held_out_logits)
     ranks.barrier()
-    figures = figures_of(of_learnt, learnt, "learnt") | figures_of(of_unseen, unseen, "held_out")
+    figures = figures_of(learnt_logits, learnt, "learnt")
+    figures |= figures_of(held_out_logits, held_out, "held_out")
     if part == parts_of(config)[-1]:
         log_d = read_log_d(agent, i, practised)
         figures |= reward_figures(log_d, practised)
         if ranks.rank == 0:
             write_practice(agent, i, practised, log_d)
     run.log("discriminate", i, 0, part=part, **figures, seconds=time.time() - started)
-    said = [f"{figures['d_auc_learnt']:.3f} where it learnt"]
-    if unseen:
-        said.append(f"{figures['d_auc_held_out']:.3f} on unseen tasks")
-    run.say(f"discriminate {i}: D's AUC is {', '.join(said)} (chance: 0.5); {took(started)}")
+    aucs = [f"{figures['d_auc_learnt']:.3f} where it learnt"]
+    if held_out:
+        aucs.append(f"{figures['d_auc_held_out']:.3f} on unseen tasks")
+    run.say(f"discriminate {i}: D's AUC is {', '.join(aucs)} (chance: 0.5); {took(started)}")
 
 
 def reflect_inverse(
@@ -550,38 +564,35 @@ def reflect_inverse(
     # [S, K] a trajectory, or [S, 1 + K] with the expert's own action first.
     advantages = step_advantages(log_d, config.expert_in_group)
     on_tokens = {}
-    for one, advantage in zip(practised, advantages):
-        on_tokens[one.task_id] = advantage_on_tokens(one, advantage)
+    for record, advantage in zip(practised, advantages):
+        on_tokens[record.task_id] = advantage_on_tokens(record, advantage)
 
     def loss_of(micro: list[Practised], batch: list[Practised]):
-        scores = score(
-            agent.policy,
-            [one.encoded for one in micro],
-            [one.leaves for one in micro],
-            with_entropy=True,
-        )
-        logps = torch.cat([one.leaf_tokens for one in scores])
-        old = torch.cat([one.ref_tokens for one in micro]).to(logps.device)
-        written = count = sum(len(one.ref_tokens) for one in batch)
-        # Of practice alone, which pi_i has sampled.
-        entropy = sum(one.leaf_entropy.sum() for one in scores) / written  # lambda H of eq. 8
-        kl = losses.kl_k3(logps, old).sum() / written
+        scores = score_practised(agent, micro, with_entropy=True)
+        logps = torch.cat([now.leaf_tokens for now in scores])
+        old = torch.cat([record.ref_agent_tokens for record in micro]).to(logps.device)
+        practice_count = sum(len(record.ref_agent_tokens) for record in batch)
+        # H and KL are over practice tokens only: pi_i sampled those, not the expert's action.
+        entropy = sum(now.leaf_entropy.sum() for now in scores) / practice_count  # H of eq. 8
+        kl = losses.kl_k3(logps, old).sum() / practice_count
+        count = practice_count
         if config.expert_in_group:
-            ref_expert = torch.cat([one.ref_expert_tokens for one in micro]).to(logps.device)
-            logps = torch.cat([*(one.trunk_tokens for one in scores), logps])
-            old = torch.cat([ref_expert, old])
-            count += sum(len(one.ref_expert_tokens) for one in batch)
-        of_expert, of_agent = zip(*(on_tokens[one.task_id] for one in micro))
-        advantage = torch.cat([*of_expert, *of_agent]).to(logps.device)
+            # Expert tokens first, then practice tokens, as in `advantage` below.
+            expert_old = torch.cat([record.ref_expert_tokens for record in micro])
+            old = torch.cat([expert_old.to(logps.device), old])
+            logps = torch.cat([*(now.trunk_tokens for now in scores), logps])
+            count += sum(len(record.ref_expert_tokens) for record in batch)
+        on_expert, on_practice = zip(*(on_tokens[record.task_id] for record in micro))
+        advantage = torch.cat([*on_expert, *on_practice]).to(logps.device)
         mask = torch.ones_like(old)
         loss, info = losses.ppo_loss(logps, old, advantage, mask, config.clip, count)  # line 12
-        loss = loss - config.entropy * entropy + config.kl * kl
+        loss = loss - config.entropy * entropy + config.kl * kl  # lambda H of eq. 8
         return loss, info | {"entropy": entropy.detach(), "kl": kl.detach()}
 
     shuffled = []
     for ppo_pass in range(config.ppo_passes):
         seeds = [agent.seed("inverse", (i, ppo_pass), epoch) for epoch in range(config.epochs)]
-        shuffled += batches(practised, lambda one: one.differs.numel(), config.batch, seeds)
+        shuffled += batches(practised, lambda record: record.differs.numel(), config.batch, seeds)
     reflect(agent, "inverse", i, shuffled, loss_of)
 
 
@@ -590,30 +601,30 @@ def step_advantages(log_d: list[ActionValues], with_expert: bool = False) -> lis
 
     with_expert: the expert's action is one more of the state's group and comes first, [S, 1 + K].
     """
-    reward = torch.cat([one.agent for one in log_d])  # [all S, K]
+    reward = torch.cat([values.agent for values in log_d])  # [all S, K]
     if with_expert:
-        expert = torch.cat([one.expert for one in log_d])
+        expert = torch.cat([values.expert for values in log_d])
         reward = torch.cat([expert[:, None], reward], 1)
     k = reward.shape[1]
-    # The mean of the state's other actions; with one alone, of all.
     baseline = reward.mean()
     if k > 1:
+        # The mean of the state's other actions. One alone has none, and takes the mean of all.
         baseline = (reward.sum(1, keepdim=True) - reward) / (k - 1)
     advantage = losses.whiten((reward - baseline).flatten()).view(-1, k)
-    return list(advantage.split([len(one.expert) for one in log_d]))
+    return list(advantage.split([len(values.expert) for values in log_d]))
 
 
-def advantage_on_tokens(one: Practised, advantage: Tensor) -> tuple[Tensor, Tensor]:
+def advantage_on_tokens(record: Practised, advantage: Tensor) -> tuple[Tensor, Tensor]:
     """An action's advantage on each of its tokens: [expert tokens or 0], [practice tokens].
 
     advantage: [S, K], or [S, 1 + K] with the expert's action first.
     """
-    k = one.ref_agent.shape[1]
-    lengths = torch.tensor([len(ids) for _, ids in one.leaves])
+    k = record.ref_agent.shape[1]
+    lengths = torch.tensor([len(ids) for _, ids in record.leaves])
     of_agent = advantage[:, -k:].flatten().repeat_interleave(lengths)
     if advantage.shape[1] == k:
         return of_agent[:0], of_agent
-    spans = torch.tensor([end - start for start, end in one.encoded.spans])
+    spans = torch.tensor([end - start for start, end in record.encoded.spans])
     return advantage[:, 0].repeat_interleave(spans), of_agent
 
 
@@ -627,7 +638,7 @@ def imitate_more(agent: Agent, i: int) -> None:
     no pair were dropped.
     """
     config = agent.config
-    by_task = {one.task_id: one.encoded for one in agent.practice_set}
+    by_task = {demo.task_id: demo.encoded for demo in agent.practice_set}
     if config.match:
         shuffled = [[by_task[task] for task in batch] for batch in read_updates(config, i)]
     else:
@@ -647,6 +658,7 @@ def evaluate(agent: Agent, name: str, splits: str) -> None:
     method_prompt = METHODS[config.method].prompt
     if method_prompt and name != "eval_0":
         prompt = method_prompt(prompt)
+    # "eval_3" is after iteration 3; "final", after the last one.
     number = name.split("_")[-1]
     iteration = int(number) if number.isdigit() else agent.iterations
     for split in split_names(splits):
@@ -682,13 +694,13 @@ def agreement(agent: Agent, split: str, name: str, prompt: list[dict]) -> dict:
         return {}
     label = f"{name}: agreement on {split}"
     practised = practise(agent, demonstrations, [0.0, 1.0], label, "agreement", split)
-    nll = torch.cat([-one.ref_expert for one in practised])
-    match = ~torch.cat([one.differs for one in practised])  # [S, greedy and sampled]
+    nll = torch.cat([-record.ref_expert for record in practised])
+    match = ~torch.cat([record.differs for record in practised])  # [S, greedy and sampled]
     if agent.ranks.rank == 0:
         lines = []
-        for one in practised:
-            row = {"task_id": one.task_id, "nll": rounded(-one.ref_expert)}
-            row |= {"match": (~one.differs[:, 0]).tolist()}
+        for record in practised:
+            row = {"task_id": record.task_id, "nll": rounded(-record.ref_expert)}
+            row |= {"match": (~record.differs[:, 0]).tolist()}
             lines.append(json.dumps(row) + "\n")
         write_text(agent.run.path(f"agreement/{name}_{split}.jsonl"), "".join(lines))
     greedy, sampled = match.float().mean(0).tolist()
@@ -708,7 +720,7 @@ def split_names(text: str) -> list[str]:
 
 
 def prepare(config: Config, method: Method) -> Agent:
-    """Everything that the phases need; what can be known to be wrong is said here."""
+    """Builds what the phases need. Input errors that can be found early are raised here."""
     check(config, method)
     ranks = Ranks()
     run = RunDir(config, ranks, product_files(config))
@@ -734,12 +746,20 @@ def prepare(config: Config, method: Method) -> Agent:
             marked = replace(expert, prompt=method.prompt(prompt))
             check_length(policy, encode(marked, tokenizer))
     agent = Agent(
-        config, ranks, run, env, prompt, policy, tokenizer, demonstrations, rounds(config, method)
+        config=config,
+        ranks=ranks,
+        run=run,
+        env=env,
+        prompt=prompt,
+        policy=policy,
+        tokenizer=tokenizer,
+        experts=demonstrations,
+        iterations=rounds(config, method),
     )
     check_data(agent)
     if ranks.rank == 0 and not run.state["done"]:
         played = [some(env.splits[split], config.eval_tasks) for split in splits]
-        played += [[one.task_id for one in agent.practice_set]] if plays else []
+        played += [[demo.task_id for demo in agent.practice_set]] if plays else []
         for tasks in played:
             try_out(env, tasks, experts[0].steps[0].action)
     for split in splits:
@@ -798,7 +818,7 @@ def check(config: Config, method: Method) -> None:
 def check_data(agent: Agent) -> None:
     """InputError if a later phase would find its data too few or missing."""
     config = agent.config
-    tasks = {one.task_id for one in agent.practice_set}
+    tasks = {demo.task_id for demo in agent.practice_set}
     fewest = 2 if config.d_scores == "held-out" else 1
     if config.method == "ppo" or config.reward != "step":
         # Two folds of two tasks, for the value heads.
@@ -839,7 +859,7 @@ def rounds(config: Config, method: Method) -> int:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The options of a command line."""
+    """The options of a command line. Its help begins as this file's docstring does."""
     reads = {name: method.reads.split() for name, method in METHODS.items()}
     return parse_options(Config, argv, __doc__.partition("`main` is")[0], reads)
 

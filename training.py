@@ -89,25 +89,26 @@ class Agent:
         """
         if self.config.expert or split not in self.env.splits:
             return []
-        learnt = {one.task_id for one in self.experts}
-        tasks = [task for task in self.env.splits[split] if task not in learnt]
-        tasks = some(tasks, min(300, self.config.eval_tasks or 300))
-        wanted = set(some(tasks, most))
-        found = []
-        for trajectory in load_shown(self.run, self.env, split, tasks):
+        learnt = {demo.task_id for demo in self.experts}
+        unlearnt = [task for task in self.env.splits[split] if task not in learnt]
+        # One selection is shown and kept in a file, whatever `most` the first caller has.
+        shown = some(unlearnt, min(300, self.config.eval_tasks or 300))
+        wanted = set(some(shown, most))
+        demos = []
+        for trajectory in load_shown(self.run, self.env, split, shown):
             trajectory.prompt = prompt
             encoded = encode(trajectory, self.tokenizer)
             fits = encoded.tokens <= self.policy.config.max_position_embeddings
             if fits and trajectory.task_id in wanted:
-                found.append(Demonstration(trajectory, encoded))
-        return found
+                demos.append(Demonstration(trajectory, encoded))
+        return demos
 
     def seed(self, *parts) -> int:
         return stable_seed(self.config.seed, *parts)
 
     def fold_places(self) -> dict[str, int]:
         """Task -> its place in a fixed random order, for folds."""
-        tasks = [demonstration.task_id for demonstration in self.practice_set]
+        tasks = [demo.task_id for demo in self.practice_set]
         tasks.sort(key=lambda task: self.seed("fold", task))
         return {task: place for place, task in enumerate(tasks)}
 
@@ -146,14 +147,14 @@ class Practised:
     demonstration: Demonstration
     # [S][K] token ids.
     actions: list[list[list[int]]]
-    # [S, K] the text is not the expert's (reading 8); both are read off tokens.
+    # [S, K] True where the action's text is not the expert's; both texts are decoded (reading 8).
     differs: Tensor
     # [S], [S, K] summed log-probs of the expert's and of the agent's actions.
     ref_expert: Tensor
     ref_agent: Tensor
-    # [expert tokens], [practice tokens] log-prob of each token of these actions.
+    # [expert tokens], [practice tokens] log-prob of each token, action after action.
     ref_expert_tokens: Tensor
-    ref_tokens: Tensor
+    ref_agent_tokens: Tensor
 
     @property
     def encoded(self) -> Encoded:
@@ -182,20 +183,21 @@ def as_leaves(actions: list[list[list[int]]]) -> list[tuple[int, list[int]]]:
     return leaves
 
 
+# The fields of Practised that practice.safetensors holds, beside the actions.
+TENSORS = ("differs", "ref_expert", "ref_agent", "ref_expert_tokens", "ref_agent_tokens")
+
+
 def save_practice(agent: Agent, i: int, practised: list[Practised]) -> None:
     """iter_<i>/practice.safetensors: the trajectories' tensors, one after another."""
     leaves = []
-    for trajectory in practised:
-        leaves += [ids for _, ids in trajectory.leaves]
+    for record in practised:
+        leaves += [ids for _, ids in record.leaves]
     tensors = {
         "leaves": torch.tensor([token for ids in leaves for token in ids]),
         "lengths": torch.tensor([len(ids) for ids in leaves]),
-        "differs": torch.cat([one.differs for one in practised]),
-        "ref_expert": torch.cat([one.ref_expert for one in practised]),
-        "ref_agent": torch.cat([one.ref_agent for one in practised]),
-        "ref_expert_tokens": torch.cat([one.ref_expert_tokens for one in practised]),
-        "ref_tokens": torch.cat([one.ref_tokens for one in practised]),
     }
+    for name in TENSORS:
+        tensors[name] = torch.cat([getattr(record, name) for record in practised])
     write_tensors(agent.run.path(f"iter_{i}/practice.safetensors"), tensors)
 
 
@@ -203,27 +205,20 @@ def read_practice(agent: Agent, i: int) -> list[Practised]:
     """Always from disk: a killed run continues from the same bits."""
     saved = read_tensors(agent.run.path(f"iter_{i}/practice.safetensors"))
     k = agent.config.practice
+    demos = agent.practice_set
+    # How many of each trajectory.
+    steps = [len(demo.encoded.spans) for demo in demos]
+    expert_tokens = [demo.encoded.action_tokens for demo in demos]
+    lengths = saved["lengths"].split([k * count for count in steps])
+    practice_tokens = [int(of_trajectory.sum()) for of_trajectory in lengths]
+    sizes = (steps, steps, steps, expert_tokens, practice_tokens)
+    fields = [saved[name].split(size) for name, size in zip(TENSORS, sizes)]
+    leaves = saved["leaves"].split(practice_tokens)
     practised = []
-    step = token = expert_token = 0
-    for demonstration in agent.practice_set:
-        encoded = demonstration.encoded
-        steps = slice(step, step + len(encoded.spans))
-        lengths = saved["lengths"][k * steps.start : k * steps.stop].tolist()
-        tokens = slice(token, token + sum(lengths))
-        expert_tokens = slice(expert_token, expert_token + encoded.action_tokens)
-        flat = [ids.tolist() for ids in saved["leaves"][tokens].split(lengths)]
-        practised.append(
-            Practised(
-                demonstration=demonstration,
-                actions=[flat[first : first + k] for first in range(0, len(flat), k)],
-                differs=saved["differs"][steps],
-                ref_expert=saved["ref_expert"][steps],
-                ref_agent=saved["ref_agent"][steps],
-                ref_expert_tokens=saved["ref_expert_tokens"][expert_tokens],
-                ref_tokens=saved["ref_tokens"][tokens],
-            )
-        )
-        step, token, expert_token = steps.stop, tokens.stop, expert_tokens.stop
+    for demo, demo_lengths, demo_leaves, *tensors in zip(demos, lengths, leaves, *fields):
+        flat = [ids.tolist() for ids in demo_leaves.split(demo_lengths.tolist())]
+        actions = [flat[first : first + k] for first in range(0, len(flat), k)]
+        practised.append(Practised(demo, actions, *tensors))
     return practised
 
 
@@ -244,7 +239,7 @@ def practised_from(
         ref_expert=scores.trunk.cpu().clone(),
         ref_agent=scores.leaves.view(differs.shape).cpu().clone(),
         ref_expert_tokens=scores.trunk_tokens.cpu().clone(),
-        ref_tokens=scores.leaf_tokens.cpu().clone(),
+        ref_agent_tokens=scores.leaf_tokens.cpu().clone(),
     )
 
 
@@ -264,20 +259,20 @@ def write_practice(agent: Agent, i: int, practised: list[Practised], log_d: list
     log_d: [(expert [S], agent [S, K])] of each trajectory, once D has judged.
     """
     lines = []
-    for number, one in enumerate(practised):
+    for number, record in enumerate(practised):
         # The ids of an expert file may be its own.
-        kind = "" if agent.config.expert else agent.env.task_type(one.task_id)
-        for step, turn in enumerate(one.demonstration.trajectory.steps):
+        kind = "" if agent.config.expert else agent.env.task_type(record.task_id)
+        for step, turn in enumerate(record.demonstration.trajectory.steps):
             row = {
-                "task": one.task_id,
+                "task": record.task_id,
                 "task_type": kind,
                 "step": step,
                 "observation": turn.observation,
                 "expert": turn.action,
-                "expert_logp": round(one.ref_expert[step].item(), 4),
-                "practice": [action_text(agent.tokenizer, ids) for ids in one.actions[step]],
-                "practice_logp": rounded(one.ref_agent[step]),
-                "differs": one.differs[step].tolist(),
+                "expert_logp": round(record.ref_expert[step].item(), 4),
+                "practice": [action_text(agent.tokenizer, ids) for ids in record.actions[step]],
+                "practice_logp": rounded(record.ref_agent[step]),
+                "differs": record.differs[step].tolist(),
             }
             if log_d is not None:
                 log_d_expert, log_d_agent = log_d[number]
@@ -291,14 +286,14 @@ def practice_figures(agent: Agent, practised: list[Practised]) -> dict:
     """How often practice equals the expert, and other figures of an inspection."""
     stops = stop_ids(agent.tokenizer)
     same_action, stopped, tokens = [], [], 0
-    for one in practised:
-        experts = decoded_actions(agent, one.encoded)
-        for step, ids in one.leaves:
+    for record in practised:
+        experts = decoded_actions(agent, record.encoded)
+        for step, ids in record.leaves:
             text = action_text(agent.tokenizer, ids)
             same_action.append(parse_action(text) == parse_action(experts[step]))
             stopped.append(ids[-1] in stops)
             tokens += len(ids)
-    differs = torch.cat([one.differs.flatten() for one in practised])
+    differs = torch.cat([record.differs.flatten() for record in practised])
     return {
         "match_text": 1 - differs.float().mean().item(),
         "match_action": float(np.mean(same_action)),
@@ -319,18 +314,19 @@ def score_all(
     ranks = agent.ranks
     leaves = leaves or [[]] * len(encoded)
     tokens = list(map(pass_tokens, encoded, leaves))
-    mine = ranks.shares(range(len(encoded)), tokens.__getitem__)[ranks.rank]
-    mine = sorted(mine, key=tokens.__getitem__)
-    found = {}
-    with agent.generating(label, len(mine)) as bar:
-        for micro in grouped(mine, tokens.__getitem__, agent.config.micro_tokens):
-            of_micro = [encoded[number] for number in micro], [leaves[number] for number in micro]
-            for number, scores in zip(micro, score(agent.policy, *of_micro)):
-                found[number] = on_cpu(scores, fields.split())
+    my_share = ranks.shares(range(len(encoded)), tokens.__getitem__)[ranks.rank]
+    my_share = sorted(my_share, key=tokens.__getitem__)
+    by_number = {}
+    with agent.generating(label, len(my_share)) as bar:
+        for micro in grouped(my_share, tokens.__getitem__, agent.config.micro_tokens):
+            micro_encoded = [encoded[number] for number in micro]
+            micro_leaves = [leaves[number] for number in micro]
+            for number, scores in zip(micro, score(agent.policy, micro_encoded, micro_leaves)):
+                by_number[number] = on_cpu(scores, fields.split())
             bar.update(len(micro))
-    for part in ranks.gather(found):
-        found |= part
-    return [found[number] for number in range(len(encoded))]
+    for part in ranks.gather(by_number):
+        by_number |= part
+    return [by_number[number] for number in range(len(encoded))]
 
 
 def on_cpu(scores: Scores, fields: list[str]) -> Scores:
@@ -376,6 +372,7 @@ def train(
     for step, batch in updates(run, ranks, policy, optimizer, batches, label):
         started = time.time()
         info = defaultdict(float)
+        # weight is 1, or 0 for a pass that only keeps sharded ranks in step.
         for micro, weight in ranks.micro_batches(policy, batch, config.micro_tokens):
             with ranks.autocast(config.dtype):
                 loss, figures = loss_of(micro, batch)
@@ -387,6 +384,7 @@ def train(
         # All figures are read at once: each time the host waits for a GPU.
         *figures, norm = torch.stack([*info.values(), norm.double()]).tolist()
         info = ranks.sum_figures(dict(zip(info, figures)))
+        # Before the step: a broken gradient never reaches the weights.
         check_finite(agent, name, iteration, step, batch, info | {"grad_norm": norm})
         rate = rate_at(step)
         for group in optimizer.param_groups:
@@ -488,7 +486,7 @@ def imitation_loss(agent: Agent) -> Callable:
 
     def loss_of(micro: list[Encoded], batch: list[Encoded]):
         scores = score(agent.policy, micro)
-        logps = torch.cat([one.trunk_tokens for one in scores])
+        logps = torch.cat([now.trunk_tokens for now in scores])
         count = sum(item.action_tokens for item in batch)
         return losses.sft_loss(logps, torch.ones_like(logps), count)  # eq. 2-3
 
@@ -503,17 +501,17 @@ def play(
 ) -> list[Trajectory]:
     """Episodes of the policy, one a task, the tasks shared among the ranks."""
     config, ranks = agent.config, agent.ranks
-    mine = tasks[ranks.rank :: ranks.world]
+    my_tasks = tasks[ranks.rank :: ranks.world]
     longest = 2 * max(demonstration.encoded.tokens for demonstration in agent.experts)
     longest = min(longest, agent.policy.config.max_position_embeddings)
-    with agent.generating(label, len(mine)) as bar:
+    with agent.generating(label, len(my_tasks)) as bar:
         # The cache grows by a quarter.
         fits = int(agent.cache_room() / (1.25 * longest))
         played = run_episodes(
             agent.policy,
             agent.tokenizer,
             agent.env,
-            mine,
+            my_tasks,
             prompt=prompt,
             temperature=temperature,
             max_new_tokens=config.max_new_tokens,

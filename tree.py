@@ -40,14 +40,15 @@ def sees(
 ) -> Tensor:
     """Does the query token see the key token? Both are indices of tokens of one trajectory.
 
-    position, leaf, branch: one number a token, [T]. leaf is -1 on the trunk. branch is where the
-    token's leaf branches off the trunk (for tokens of the trunk: past its end).
+    position, leaf, branch: one number a token, [T]. leaf is -1 on the trunk. branch is how many
+    tokens of the trunk the token's leaf sees (without effect on the trunk).
     """
-    same_leaf = leaf[query] == leaf[key]
+    # Both on the trunk, or both on one leaf.
+    same_sequence = leaf[query] == leaf[key]
     trunk_before_branch = (leaf[key] == -1) & (position[key] < branch[query])
-    earlier = position[key] <= position[query]
-    near = window is None or position[key] > position[query] - window
-    return (same_leaf | trunk_before_branch) & earlier & near
+    not_later = position[key] <= position[query]
+    in_window = window is None or position[key] > position[query] - window
+    return (same_sequence | trunk_before_branch) & not_later & in_window
 
 
 # ------------------------------------------------------------------------ scoring: one packed row
@@ -67,9 +68,11 @@ class TrunkAndLeaves:
         self.position: list[int] = []
         self.leaf: list[int] = []
         self.branch: list[int] = []
-        # One entry a piece: its number of tokens, its trunk's piece, the trunk tokens it sees.
+        # One entry a piece: its number of tokens, ..
         self.sizes: list[int] = []
+        # .. the number of its trunk's piece, ..
         self.trunks: list[int] = []
+        # .. and how many tokens of that trunk it is given.
         self.prefixes: list[int] = []
         # (piece, window) -> mask, which the layers share.
         self.masks: dict[tuple, Tensor] = {}
@@ -88,11 +91,13 @@ class TrunkAndLeaves:
     def add_leaves(self, leaves: list[tuple[int, list[int]]]) -> list[int]:
         """The leaves of one step of the last trunk, [(branch, ids)]; -> their first row indices."""
         self.trunks.append(self.trunks[-1])
+        # The longest prefix that one of them sees; the mask hides the rest from the others.
         self.prefixes.append(max(branch for branch, _ in leaves))
         self.sizes.append(0)
         starts = []
         for branch, ids in leaves:
-            number = self.leaf[-1] + 1 if self.leaf[-1] >= 0 else 0
+            # Numbered from 0 on each trunk: the trunk itself is leaf -1.
+            number = self.leaf[-1] + 1
             starts.append(self._append(ids, branch, leaf=number, branch=branch))
         return starts
 
@@ -176,14 +181,19 @@ class LeafCache:
 
     def _lay_out(self):
         """Numbers the trunks that still have rows, and the rows of each trunk."""
-        found = torch.unique_consecutive(self.owner, return_inverse=True, return_counts=True)
-        alive, self.owner, counts = found
-        if len(alive) < len(next(iter(self.trunks.values()))[0]):
+        # owner is numbered anew, 0, 1, .., over the trunks that still have rows; alive: their old
+        # numbers.
+        alive, self.owner, row_counts = torch.unique_consecutive(
+            self.owner, return_inverse=True, return_counts=True
+        )
+        some_keys, _ = next(iter(self.trunks.values()))
+        if len(alive) < len(some_keys):
             keep_rows(self.trunks, alive)
-        first_row = counts.cumsum(0) - counts
-        self.column = torch.arange(len(self.owner), device=counts.device) - first_row[self.owner]
-        # [N, W] trunk tokens seen. An empty column sees nothing; nobody reads its output.
-        self.limit = self.prefix.new_full((len(alive), int(counts.max())), -1)
+        first_row = row_counts.cumsum(0) - row_counts
+        row = torch.arange(len(self.owner), device=first_row.device)
+        self.column = row - first_row[self.owner]
+        # [N, W] trunk tokens seen. An empty column sees nothing, and its output is not used.
+        self.limit = self.prefix.new_full((len(alive), int(row_counts.max())), -1)
         self.limit[self.owner, self.column] = self.prefix
         self.longest = int(self.limit.max())
         # window -> mask, which the layers share.
@@ -192,10 +202,13 @@ class LeafCache:
     def _mask(self, window: int | None, group: int, like: Tensor) -> Tensor:
         """What the queries of each column see of their trunk. [N, 1, W * G, L]"""
         if window not in self.masks:
+            prefix = self.limit[..., None]
+            # The leaf's next token has this position.
+            query_position = prefix + self.length
             trunk_position = torch.arange(self.longest, device=like.device)
-            seen = trunk_position < self.limit[..., None]
+            seen = trunk_position < prefix
             if window:
-                seen &= trunk_position > self.limit[..., None] + self.length - window
+                seen &= trunk_position > query_position - window
             self.masks[window] = additive(seen.repeat_interleave(group, 1)[:, None], like)
         return self.masks[window]
 
@@ -210,8 +223,8 @@ class LeafCache:
         folded = query.view(len(query), kv_heads, -1, query.shape[3])
         leaf_out, leaf_norm = self._over_leaves(layer, folded, key, value, scaling, window)
         trunk_out, trunk_norm = self._over_trunks(layer, folded, scaling, window)
-        # The softmax over both is the two softmaxes, weighed by their normalisers:
-        # e^trunk_norm / (e^trunk_norm + e^leaf_norm) is the trunk's share.
+        # Attention over both is trunk_share * trunk_out + (1 - trunk_share) * leaf_out, where
+        # trunk_share = Z_trunk / (Z_trunk + Z_leaf) = sigmoid(log Z_trunk - log Z_leaf).
         trunk_share = torch.sigmoid(trunk_norm - leaf_norm)[..., None].to(value.dtype)
         return torch.lerp(leaf_out, trunk_out, trunk_share).reshape(query.shape)
 
@@ -348,7 +361,8 @@ def attention(query, key, value, scaling, mask: Tensor | None = None) -> Tensor:
     kv_heads = key.shape[1]
     shape = query.shape
     if mask is not None and (shape[2] == 1 or folds(query)):
-        # [R, H_kv * G, T, D] -> [R, H_kv, G * T, D]: keys are read once for the group.
+        # [R, H_kv * G, T, D] -> [R, H_kv, G * T, D]: keys are read once for the group. `additive`
+        # has made the mask for it; one row of a mask serves all heads by broadcasting.
         query = query.reshape(shape[0], kv_heads, -1, shape[3])
     elif query.is_cuda and query.dtype == torch.float32:
         # Fused kernels on CUDA know grouped heads in half precision only.
@@ -360,7 +374,7 @@ def attention(query, key, value, scaling, mask: Tensor | None = None) -> Tensor:
     return out.reshape(shape)
 
 
-# Finite, as a query of LeafCache's empty columns sees nothing at all.
+# Finite: with -inf the softmax of LeafCache's empty columns, which see nothing, would be nan.
 HIDDEN = -1e30
 
 
@@ -371,6 +385,7 @@ def additive(seen: Tensor, like: Tensor, group: int = 1) -> Tensor:
     `attention` folds the group's query heads, the mask has rows for all of them: [.., G * T, L].
     """
     *rows, tokens, length = seen.shape
+    # As `attention` folds: one copy for each query head of the group.
     if tokens > 1 and folds(like):
         seen = torch.cat([seen] * group, -2)
     # The fused kernel of CUDA wants rows to lie a multiple of 16 numbers apart.
@@ -475,7 +490,7 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, tree) -> Ten
 
 
 def empty_pass(model: PreTrainedModel) -> None:
-    """One token that nobody reads: sharded weights are gathered by all ranks or by none."""
+    """A pass whose output is not used: sharded weights are gathered by all ranks or by none."""
     cache = RowCache(1, model.device)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
@@ -535,9 +550,9 @@ def chunked_head(
 
     logps, entropies = [], []
     for part in zip(hidden.split(rows), targets.split(rows)):
-        found = checkpoint(chunk, *part, use_reentrant=False) if recompute else chunk(*part)
-        logps.append(found[0])
-        entropies.append(found[1])
+        of_chunk = checkpoint(chunk, *part, use_reentrant=False) if recompute else chunk(*part)
+        logps.append(of_chunk[0])
+        entropies.append(of_chunk[1])
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 

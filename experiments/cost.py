@@ -4,14 +4,15 @@
     python experiments/cost.py --k 5      # other tables are only printed
 
 Nothing here was timed on a GPU. An iteration is inspection (K practice actions per expert step),
-scoring (reference log-probs and features) and reflection (implicit: one DPO epoch; inverse: two
-PPO passes). Evaluation, SFT, D (a small MLP) and saving are left out. "Shared" is rollout.py: one
-sequence per trajectory, trunk and leaves. "Separate" is a generate loop and a DPO or PPO trainer:
-one sequence per (state, action), the expert's again in each of its K pairs; padding and logits at
-unscored positions are forgiven. T: tokens computed; pairs: (query, key) pairs that causal attention
-within the sliding window needs; S: scored positions; n steps, s_i: tokens of state i, A: of an
-action. Practice actions are as long as the expert's and differ from the first token on. This is the
-dearest case: what they have in common is not computed again where shared, always where separate.
+scoring (reference log-probs), for inverse D (two passes, then it scores), and reflection (implicit:
+one DPO epoch; inverse: two PPO passes). Evaluation, SFT and saving are left out. "Shared" is
+rollout.py: one sequence per trajectory, trunk and leaves. "Separate" is a generate loop and a DPO
+or PPO trainer: one sequence per (state, action), the expert's again in each of its K pairs; padding
+and logits at unscored positions are forgiven. T: tokens computed; pairs: (query, key) pairs that
+causal attention within the sliding window needs; S: scored positions; n steps, s_i: tokens of state
+i, A: of an action. Practice actions are as long as the expert's and differ from the first token on.
+This is the dearest case: what they have in common is not computed again where shared, always where
+separate.
 
 FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S   W weights in the layers' matrices,
             L layers, H heads, V vocabulary
@@ -21,6 +22,7 @@ FLOPs       forward = 2 W T + 4 L H d_head pairs + 2 V d S   W weights in the la
             prefill  T = s_n + A - 1 shared; K sum_i s_i separate (decoding: nK (A - 1) either way)
             scoring  T = s_n + A + nKA shared; separate: 2 K sum_i (s_i + A) implicit,
             (1 + K) sum_i (s_i + A) inverse
+            D        two trainings and one forward of what scoring computes
             reflection T = as scoring; separate and inverse: K sum_i (s_i + A). Inverse: twice.
 KV          4 L H_kv d_head bytes x (T of prefill + nK (A - 1)), for one inspection batch: whole
             trajectories, at most 256 leaves
@@ -31,7 +33,8 @@ Time        compute: FLOPs / (40% of 989 TFLOP/s). A decode step: the larger of 
             the links (8 bytes a weight at 300 GB/s, not overlapped: fp32 all-reduce 2 x 4, or
             FSDP's two bf16 gathers and fp32 scatter). It has 16 pairs (paper): 16 sequences, for
             DPO 32, where separate; shared, whole trajectories until 16 are reached: often one, on
-            one GPU. Launches, the environment, stragglers and the spread of lengths (quadratic for
+            one GPU. An update of D has 64 practice actions, separate with their share of the
+            expert's. Launches, the environment, stragglers and the spread of lengths (quadratic for
             "separate") are left out.
 H100-hours  GPUs x wall time, idle GPUs included
 Memory      training_bytes of system/sharding.py, by which stepagent.py decides: the larger of an
@@ -66,7 +69,7 @@ HBM, HBM_SHARE, CARD = 3.35e12, 0.60, 80e9
 # Bytes/s of a GPU in a collective, assumed: NVLink in a node of 8, 8 x 400 Gb/s between nodes.
 LINK = 300e9
 GPUS = (1, 8, 64)
-PHASES = ("inspection", "scoring", "reflection", "optimizer_and_links")
+PHASES = ("inspection", "scoring", "discriminator", "reflection", "optimizer_and_links")
 SETTINGS = Config(dtype="bfloat16", checkpointing="true")
 
 
@@ -262,23 +265,34 @@ def cost(
     inspection = trajectories * work["prefill"] / rate
     inspection += math.ceil(trajectories / together) * steps * decode_step
 
-    # Reflection: sequences are trajectories, or single actions (DPO: two a pair).
-    own_pairs, passes = benchmark.turns * K, SETTINGS.ppo_passes if inverse else 1
-    if shared:
-        sequences, in_trajectory = math.ceil(pairs / own_pairs - 1e-9), 1
-        updates = passes * benchmark.tasks / sequences
-    else:
-        of_pair = 1 if inverse else 2
-        sequences, in_trajectory = math.ceil(pairs * of_pair), own_pairs * of_pair
-        updates = passes * benchmark.tasks * own_pairs / pairs
-    sequence = 4 * work["reflect"] / in_trajectory / rate
-    optimizer = 28 * model.parameters / gpus / bandwidth
-    links = 8 * model.parameters / LINK if gpus > 1 else 0
+    # What learns: sequences are trajectories, or single actions (DPO: two a pair).
+    def training(load: str, batch: float, per_action: float) -> tuple[float, float, int]:
+        """Seconds of a pass, its updates, the sequences of one. batch: practice actions."""
+        own_actions = benchmark.turns * K
+        if shared:
+            sequences, in_trajectory = math.ceil(batch / own_actions - 1e-9), 1
+            updates = benchmark.tasks / sequences
+        else:
+            sequences, in_trajectory = math.ceil(batch * per_action), own_actions * per_action
+            updates = benchmark.tasks * own_actions / batch
+        sequence = 4 * work[load] / in_trajectory / rate
+        return updates * math.ceil(sequences / gpus) * sequence, updates, sequences
 
     scoring = trajectories * work["score"] / rate
-    reflection = updates * math.ceil(sequences / gpus) * sequence
-    phases = (float(inspection), scoring, reflection, updates * (optimizer + links))
+    passes = SETTINGS.ppo_passes if inverse else 1
+    seconds, updates, sequences = training("reflect", pairs, 1 if inverse else 2)
+    reflection, updates = passes * seconds, passes * updates
     total = work["prefill"] + work["decode"] + work["score"] + 4 * passes * work["reflect"]
+    discriminator = updates_of_d = 0.0
+    if inverse:
+        seconds, updates_of_d, _ = training("score", SETTINGS.d_batch, 1 + 1 / K)
+        updates_of_d *= SETTINGS.d_epochs
+        discriminator = SETTINGS.d_epochs * seconds + scoring
+        total += (4 * SETTINGS.d_epochs + 1) * work["score"]
+    optimizer = 28 * model.parameters / gpus / bandwidth
+    links = 8 * model.parameters / LINK if gpus > 1 else 0
+    stepping = (updates + updates_of_d) * (optimizer + links)
+    phases = (float(inspection), scoring, discriminator, reflection, stepping)
     return {
         "pflop": benchmark.tasks * total / 1e15,
         **dict(zip(PHASES, phases)),
@@ -358,7 +372,7 @@ def phase_table(model: Backbone, benchmark: Benchmark, K: int) -> list[str]:
         settings += [(gpus, paper), (gpus, gpus * benchmark.turns * K)]
     for gpus, pairs in settings:
         costs = cost(model, benchmark, K, gpus, True, False, pairs)
-        minutes = [costs[phase] / 60 for phase in PHASES]
+        minutes = [costs[phase] / 60 for phase in PHASES if phase != "discriminator"]
         update = f"{pairs} (paper)" if pairs == paper else f"{pairs:,.0f} (a trajectory per GPU)"
         row = [str(gpus), update, *map(short, minutes), short(sum(minutes))]
         row += [f"{costs['updates']:,.0f}", str(costs["gpus_at_work"])]

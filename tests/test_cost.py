@@ -402,6 +402,26 @@ def test_gpus_at_work_and_passes(backbones):
     assert inverse["reflection"] == pytest.approx(2 * reflection)
 
 
+def test_the_discriminator_by_hand(backbones):
+    """Llama-3 on ScienceWorld: two passes over all that was scored, then a forward pass of it."""
+    model, benchmark, rate = backbones["Llama-3-8B"], named("ScienceWorld"), 989e12 * 0.4
+    for shared, updates in ((True, 1483 / 2), (False, 1483 * 14.4 * 3 / 64)):
+        found = cost.cost(model, benchmark, 3, 1, shared, True)
+        load = cost.mean_loads(model, benchmark, 3, shared, True)
+        forward = 1483 * cost.flops(model, load["score"]) / rate
+        # 64 practice actions with their 64 / 3 expert actions make 86 separate sequences.
+        rounding = 1 if shared else 86 / (64 + 64 / 3)
+        assert found["discriminator"] == pytest.approx((2 * 4 * rounding + 1) * forward)
+        reflection = 2 * 1483 * (1 if shared else 14.4 * 3 / 16)
+        assert found["updates"] == pytest.approx(reflection)
+        optimizer = 28 * model.parameters / (3.35e12 * 0.6)
+        assert found["optimizer_and_links"] == pytest.approx((reflection + 2 * updates) * optimizer)
+    # On 64 GPUs two rounds of them.
+    wide = cost.cost(model, benchmark, 3, 64, False, True)
+    assert wide["discriminator"] < found["discriminator"] / 42
+    assert cost.cost(model, benchmark, 3, 1, True, False)["discriminator"] == 0
+
+
 # ------------------------------------------------------------------------------- the pages kept
 
 

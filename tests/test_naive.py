@@ -11,7 +11,7 @@ import torch
 import naive
 from losses import dpo_loss
 from rollout import score
-from stepagent import implicit_loss
+from stepagent import step_dpo_loss
 from trajectory import Encoded, encode, prompt_ids, stop_ids
 
 # P(next | last) of a language of three tokens.
@@ -166,7 +166,7 @@ def test_implicit_loss_is_eq_6_value_and_gradients(family):
     for scores, flags in zip(before, differs):
         agent = scores.leaves.view(-1, PRACTICE)
         practised.append(SimpleNamespace(differs=flags, ref_expert=scores.trunk, ref_agent=agent))
-    loss, info = implicit_loss(score(model, encoded, leaves), practised, BETA, pairs)
+    loss, info = step_dpo_loss(score(model, encoded, leaves), practised, BETA, pairs)
     loss.backward()
 
     expert, agent = [], []

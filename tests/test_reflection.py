@@ -66,7 +66,7 @@ def test_practice_is_scored_by_the_policy_that_practised(tmp_path, start_from):
         leaf_pairs = naive.leaf_pairs([one.encoded], [one.leaves])
         tokens = torch.cat([naive.token_logps(policy, *pair) for pair in leaf_pairs])
         assert torch.allclose(one.ref_expert, expert, atol=1e-3)
-        assert torch.allclose(one.ref_tokens, tokens, atol=1e-3)
+        assert torch.allclose(one.ref_agent_tokens, tokens, atol=1e-3)
         sums = naive.sums(policy, leaf_pairs).view(one.ref_agent.shape)
         assert torch.allclose(one.ref_agent, sums, atol=1e-3)
         expert = torch.cat(
@@ -335,9 +335,9 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
     actions = []
     for one, advantage in zip(batch[:2], step_advantages(log_d)):
         pairs = naive.leaf_pairs([one.encoded], [one.leaves])
-        old = one.ref_tokens.split([len(ids) for _, ids in one.leaves])
+        old = one.ref_agent_tokens.split([len(ids) for _, ids in one.leaves])
         actions += zip(pairs, old, advantage.flatten().tolist())
-    count = sum(len(one.ref_tokens) for one in batch)
+    count = sum(len(one.ref_agent_tokens) for one in batch)
     assert_ppo_loss(given["loss"], given["info"], policy, actions, count)
     # Every pass takes every trajectory, in an order of its own; equal actions count, too.
     order = [one.task_id for one_batch in given["batches"] for one in one_batch]
@@ -383,7 +383,7 @@ def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, st
         of_agent = [len(ids) for _, ids in one.leaves]
         actions = zip(expert, one.ref_expert_tokens.split(of_expert), advantages[:, 0])
         leaves = naive.leaf_pairs([one.encoded], [one.leaves])
-        olds = one.ref_tokens.split(of_agent)
+        olds = one.ref_agent_tokens.split(of_agent)
         actions = [*actions, *zip(leaves, olds, advantages[:, 1:].flatten())]
         for pair, old, advantage in actions:
             ratio = (naive.token_logps(policy, *pair) - old).exp()
@@ -394,7 +394,7 @@ def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, st
             ratio = (naive.token_logps(policy, *pair) - old).exp()
             kl += (1 / ratio - 1 + ratio.log()).sum().item()
             entropy += naive.entropies(policy, *pair).sum().item()
-    written = sum(len(one.ref_tokens) for one in batch)
+    written = sum(len(one.ref_agent_tokens) for one in batch)
     kl, entropy = kl / written, entropy / written
     objective /= written + sum(one.encoded.action_tokens for one in batch)
     [(loss, info)] = given

@@ -404,9 +404,9 @@ def test_practice_comes_back_from_disk_as_it_was_by_step_and_action(tmp_path):
     assert first.ref_expert.tolist() == [0, 1] and second.ref_expert.tolist() == [1000]
     assert first.ref_agent.tolist() == [[100, 101], [102, 103]]
     assert second.ref_agent.tolist() == [[1100, 1101]]
-    assert first.ref_tokens.tolist() == list(range(200, 200 + len(first.ref_tokens)))
-    assert len(second.ref_tokens) == sum(len(ids) for ids in ACTIONS[1][0])
-    assert second.ref_tokens[0] == 1200
+    assert first.ref_agent_tokens.tolist() == list(range(200, 200 + len(first.ref_agent_tokens)))
+    assert len(second.ref_agent_tokens) == sum(len(ids) for ids in ACTIONS[1][0])
+    assert second.ref_agent_tokens[0] == 1200
     tokens = [one.encoded.action_tokens for one in (first, second)]
     assert first.ref_expert_tokens.tolist() == list(range(300, 300 + tokens[0]))
     assert second.ref_expert_tokens.tolist() == list(range(1300, 1300 + tokens[1]))
