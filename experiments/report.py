@@ -44,7 +44,8 @@ METRICS = {
     "all expert actions of the update's trajectories)",
     "dpo_loss": "eq. 6, over kept pairs: those whose practice action differs from the expert's",
     "margin": "the argument of eq. 6's sigmoid, over kept pairs",
-    "accuracy": "share of kept pairs with a margin above 0 (at the very start it is 0: no win)",
+    "accuracy": "share of kept pairs with a positive margin (0 before the first update, when all "
+    "margins are 0)",
     "accuracy_all": "the same over all pairs of the update's trajectories",
     "chosen_reward": "beta log(pi / ref) of the expert's action",
     "rejected_reward": "beta log(pi / ref) of the practice action",
@@ -76,27 +77,28 @@ METRICS = {
     "state, where it learnt",
     "d_pairs_held_out": "the same on tasks that it did not learn from",
     "js": "log 2 - d_loss_held_out / 2: in expectation a lower bound of the Jensen-Shannon "
-    "divergence of expert and agent at expert states, in nats; below 0 where D is too sure",
+    "divergence of expert and agent at expert states, in nats; below 0 where D is overconfident",
     "log_d_expert": "mean log D of expert actions, clamped at -5",
     "log_d_agent": "mean log D of practice actions, clamped at -5",
     "log_d_gap": "mean log D of practice actions that equal the expert's minus that of others in "
     "the same state: does the reward lead to the expert?",
-    "expert_nll": "nats of the expert's action at its states in tasks that nobody learns from",
+    "expert_nll": "nats of the expert's action at its states in tasks that are not trained on",
     "expert_match": "how often the greedy action there has the expert's text",
     "expert_match_sampled": "how often a sampled action there is the expert's",
-    "expert_states": "how many states these three are means of",
+    "expert_states": "number of states over which these three are averaged",
     "episodes": "episodes played in the iteration (explore)",
     "pairs": "trajectory pairs of DPO, SPIN and ETO",
     "expert_trajectories": "expert trajectories that RFT and NAT train on",
     "own_trajectories": "trajectories of the agent that RFT and NAT train on",
     "own_successes": "successes among own_trajectories",
-    "returns": "mean return of a turn (judge)",
+    "returns": "mean return per turn (judge)",
     "step_rewards": "mean sum of an episode's step rewards (judge)",
     "explained": "share of the returns' variance that the value head explains on tasks that it "
     "did not learn from",
     "value_loss": "the value head's loss on the tasks that it learns from",
     "value_loss_held": "the value head's loss on held-out tasks",
-    "value_passes": "passes of the value head before its held-out loss stopped falling",
+    "value_passes": "passes that the value head was fitted for, including the last ones without "
+    "improvement",
     "name": "which evaluation: eval_0 is the start, eval_i follows iteration i, final is the last",
     "split": "the split evaluated",
     "tasks": "number of tasks evaluated",
@@ -111,7 +113,7 @@ METRICS = {
     "step_success (Mind2Web)",
     "unparsed": 'actions without an "Action:" that can be read',
     "unplayable": "episodes that are not scored, as their world failed three times",
-    "restarts": "worlds that were started again, their episodes replayed",
+    "restarts": "worlds that were restarted, and their episodes replayed",
     "by_type": "success and number of tasks, by task type",
 }
 
@@ -123,7 +125,7 @@ def glossary() -> str:
         [
             "# Metrics",
             "",
-            "metrics.jsonl has one JSON object a line: `phase`, `iteration`, `step`, `time`",
+            "metrics.jsonl has one JSON object per line: `phase`, `iteration`, `step`, `time`",
             "(seconds since 1970) and the phase's figures. This page is made by",
             "`python experiments/report.py --glossary > docs/metrics.md`.",
             "",
