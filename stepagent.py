@@ -713,7 +713,9 @@ def agreement(agent: Agent, split: str, name: str, prompt: list[dict]) -> dict:
 
 
 def split_names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    """Without repetitions and the spaces around commas."""
+    names = dict.fromkeys(name.strip() for name in text.split(","))
+    return [name for name in names if name]
 
 
 # ======================================================================================= setting up

@@ -239,20 +239,17 @@ def outline(folder: str | Path) -> nn.Module:
     """The model in float32 on the meta device, without storage."""
     with loading(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        reason = refusal(folder, config)
+        reason = refusal(config)
         if reason:
             raise InputError(f"model {folder}: model family {config.model_type!r}, {reason}")
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def refusal(folder: str | Path, config) -> str:
+def refusal(config) -> str:
     """Why this is no plain language model, or nothing."""
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         return f"quantised ({quantised.get('quant_method')}); give the original weights"
-    # With peft installed the library would apply them, without it leave them out.
-    if find_adapter_config_file(str(folder)):
-        return "adapters beside the weights; give the model into which they are merged"
     if getattr(config, "is_heterogeneous", False):
         return "layers that differ in shape; use a model whose layers are alike"
     for size in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
@@ -268,6 +265,9 @@ def shapes(policy: nn.Module) -> dict[str, torch.Size]:
 @contextmanager
 def loading(folder: str | Path):
     """Whatever the library raises inside becomes one line."""
+    # With peft installed the library would apply them, without it leave them out.
+    if find_adapter_config_file(str(folder)):
+        raise InputError(f"model {folder}: has adapters; give the model into which they are merged")
     try:
         yield
     except InputError:

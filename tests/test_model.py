@@ -439,7 +439,11 @@ def test_adapters_beside_the_weights_are_refused(tmp_path):
     """The library would apply them where peft is installed, and else leave them out."""
     folder = broken(tmp_path / "m")
     (tmp_path / "m" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(InputError, match="adapters beside the weights; .* merged"):
+    with pytest.raises(InputError, match="has adapters; .* merged"):
+        open_policy(tmp_path / "x", model=folder)
+    # Adapters alone.
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(InputError, match="has adapters; .* merged"):
         open_policy(tmp_path / "x", model=folder)
 
 

@@ -470,7 +470,7 @@ def test_sft_plus_alone_makes_the_updates_of_a_reflection_that_drops_no_pair(tmp
 
 def test_evaluations_and_their_names(tmp_path, model):
     """After SFT, after each iteration on --eval-each, at the end on --eval-splits."""
-    words = ["--eval-each", "dev", "--eval-splits", "test,test_unseen", "--model", model]
+    words = ["--eval-each", "dev", "--eval-splits", "test, test_unseen,test", "--model", model]
     out = run(tmp_path / "x", *words)
     rows = metrics(out, "eval")
     assert [(row["name"], row["split"], row["iteration"]) for row in rows] == [
