@@ -21,7 +21,6 @@ iteration trained on practice.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -30,29 +29,20 @@ import torch
 from torch import Tensor
 
 import losses
-from discriminator import (
-    FOLDS,
-    Head,
-    fit,
-    fold_of,
-    mean_figures,
-    part_name,
-    parts_of,
-    split_by_part,
-)
+from benchmarks.files import json_lines, read_contents
+from discriminator import FOLDS, Head, fit, fold_of, part_name, parts_of, split_by_part
 from rollout import score
-from system.files import read_tensors, read_text, write_tensors
+from system.files import read_tensors, write_tensors
 from system.model import forget, read_back, read_weights
 from training import (
     Agent,
     batches,
     decoded_actions,
-    falling_rate,
     imitate,
     play,
+    reflect,
     score_all,
     took,
-    train,
     write_episodes,
 )
 from trajectory import Encoded, InputError, Step, Trajectory, encode, stop_ids
@@ -97,12 +87,12 @@ def learn_from_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
 
 def rft(agent: Agent, i: int) -> None:
     agent.run.phase(f"explore_{i}", explore, agent, i, agent.config.explore_temperature, 4)
-    agent.run.phase(f"retrain_{i}", retrain_on_successes, agent, i)
+    agent.run.phase(f"retrain_{i}", retrain, agent, i, False)
 
 
 def nat(agent: Agent, i: int) -> None:
     agent.run.phase(f"explore_{i}", explore, agent, i, agent.config.explore_temperature, 4)
-    agent.run.phase(f"retrain_{i}", retrain_on_marked, agent, i)
+    agent.run.phase(f"retrain_{i}", retrain, agent, i, True)
 
 
 # --------------------------------------------------------------------------------- the agent plays
@@ -122,10 +112,8 @@ def explore(agent: Agent, i: int, temperature: float, samples: int) -> None:
             if episode.steps and not episode.info.get("unplayable"):
                 episodes.append(episode)
     if not episodes:
-        raise InputError(
-            f"iteration {i}: no episode could be played: the world failed in all (see the messages "
-            "above), or the prompt fills the context"
-        )
+        problem = "the world failed in all (see above), or the prompt fills the context"
+        raise InputError(f"iteration {i}: no episode could be played: {problem}")
     write_episodes(agent, f"iter_{i}/episodes.jsonl", episodes, ids=True)
     rewards = [episode.reward for episode in episodes]
     tokens = 0
@@ -149,9 +137,8 @@ def explore(agent: Agent, i: int, temperature: float, samples: int) -> None:
 def read_episodes(agent: Agent, i: int) -> list[Trajectory]:
     """Those of iteration i, with the ids that the policy sampled."""
     episodes = []
-    # Not splitlines(), which cuts at U+2028, too.
-    for line in read_text(agent.run.path(f"iter_{i}/episodes.jsonl")).split("\n")[:-1]:
-        row = json.loads(line)
+    path = str(agent.run.path(f"iter_{i}/episodes.jsonl"))
+    for _, row in json_lines(read_contents(path, "put it back"), path):
         steps = [Step(turn["observation"], turn["action"], turn["ids"]) for turn in row["steps"]]
         episodes.append(
             Trajectory(
@@ -251,7 +238,6 @@ def read_reference(agent: Agent, i: int, pairs: list[Pair]) -> list[Pair]:
 def reflect_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
     """DPO on pairs of whole trajectories: eq. 6 with the log-probs of all actions summed."""
     config = agent.config
-    started = time.time()
 
     def loss_of(micro: list[Pair], batch: list[Pair]):
         both = [pair.chosen for pair in micro] + [pair.rejected for pair in micro]
@@ -265,38 +251,10 @@ def reflect_pairs(agent: Agent, i: int, pairs: list[Pair]) -> None:
     for epoch in range(config.epochs):
         seed = agent.seed(config.method, i, epoch)
         shuffled += batches(pairs, lambda pair: 1, config.batch, [seed])
-    train(agent, config.method, i, shuffled, loss_of, falling_rate(agent, i, len(shuffled)))
-    agent.save(f"iter_{i}/policy")
-    agent.run.say(f"reflect {i}: {len(pairs)} pairs, {len(shuffled)} updates; {took(started)}")
+    reflect(agent, config.method, i, shuffled, loss_of)
 
 
 # -------------------------------------------------------------- imitation of own episodes: RFT, NAT
-
-
-def retrain_on_successes(agent: Agent, i: int) -> None:
-    """RFT: SFT from the base model, on the expert's trajectories and on new successes."""
-    experts = [demonstration.encoded for demonstration in agent.experts]
-    own = []
-    successes = [
-        episode for episode in read_episodes(agent, i) if episode.reward >= agent.config.success
-    ]
-    for episode in new_episodes(agent, successes):
-        own.append((episode, encode(episode, agent.tokenizer)))
-    retrain(agent, i, experts, own)
-
-
-def retrain_on_marked(agent: Agent, i: int) -> None:
-    """NAT: the same with failures, too; the prompt says whether what follows succeeds."""
-
-    def encode_marked(trajectory: Trajectory, success: bool) -> Encoded:
-        prompt = marked(agent.prompt, success)
-        return encode(replace(trajectory, prompt=prompt), agent.tokenizer)
-
-    experts = [encode_marked(demo.trajectory, True) for demo in agent.experts]
-    own = []
-    for episode in new_episodes(agent, read_episodes(agent, i)):
-        own.append((episode, encode_marked(episode, episode.reward >= agent.config.success)))
-    retrain(agent, i, experts, own)
 
 
 def new_episodes(agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
@@ -313,39 +271,48 @@ def new_episodes(agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
     return new
 
 
-def retrain(agent: Agent, i: int, experts: list[Encoded], own: list) -> None:
-    """SFT from the base model. own: (episode, its encoding) of what is added."""
-    # NAT's mark may make a trajectory too long for the model's context.
-    own = [(episode, item) for episode, item in own if fits(agent, item)]
-    successes = [episode.reward >= agent.config.success for episode, _ in own]
-    agent.run.log(
-        "retrain",
-        i,
-        0,
-        expert_trajectories=len(experts),
-        own_trajectories=len(own),
-        own_successes=sum(successes),
-    )
-    forget(agent.run, agent.ranks, agent.policy)
-    imitate(agent, experts + [item for _, item in own], f"iter_{i}/policy")
+def retrain(agent: Agent, i: int, with_mark: bool) -> None:
+    """SFT from the base model, on the expert's trajectories and on new ones of the agent's own.
+
+    RFT: on new successes. NAT (with_mark): on failures, too; the prompt says what follows.
+    """
+
+    def encoded(trajectory: Trajectory, success: bool) -> Encoded:
+        if with_mark:
+            trajectory = replace(trajectory, prompt=marked(agent.prompt, success))
+        return encode(trajectory, agent.tokenizer)
+
+    def succeeds(episode: Trajectory) -> bool:
+        return episode.reward >= agent.config.success
+
+    experts = [encoded(demo.trajectory, True) for demo in agent.experts]
+    episodes = read_episodes(agent, i)
+    if not with_mark:
+        episodes = list(filter(succeeds, episodes))
+    own, successes = [], 0
+    for episode in new_episodes(agent, episodes):
+        item = encoded(episode, succeeds(episode))
+        # NAT's mark may make a trajectory too long for the model's context.
+        if fits(agent, item):
+            own.append(item)
+            successes += succeeds(episode)
+    figures = {"own_trajectories": len(own), "own_successes": successes}
+    agent.run.log("retrain", i, 0, expert_trajectories=len(experts), **figures)
+    forget(agent.run, agent.policy)
+    imitate(agent, experts + own, f"iter_{i}/policy")
 
 
 def fits(agent: Agent, item: Encoded) -> bool:
     return item.tokens <= agent.policy.config.max_position_embeddings
 
 
-def marked(prompt: list[dict], success: bool) -> list[dict]:
-    """NAT's mark at the end of the prompt's first message."""
+def marked(prompt: list[dict], success: bool = True) -> list[dict]:
+    """NAT's mark at the end of the prompt's first message; that of success is played with."""
     mark = "What follows solves the task." if success else "What follows fails at the task."
     if not prompt:
         prompt = [{"role": "user", "content": ""}, {"role": "assistant", "content": "OK"}]
     first, *rest = prompt
     return [first | {"content": f"{first['content']}\n\n{mark}".strip()}, *rest]
-
-
-def marked_success(prompt: list[dict]) -> list[dict]:
-    """What NAT's policy is played with."""
-    return marked(prompt, True)
 
 
 # ------------------------------------------------------------------ PPO on whole episodes (Table 3)
@@ -415,10 +382,8 @@ def judge(agent: Agent, i: int, reward: str) -> None:
     place = agent.fold_places()
     places = {place[record.task_id] for record in played}
     if min(sum(number % 2 == fold for number in places) for fold in FOLDS) < 2:
-        raise InputError(
-            f"episodes of {len(places)} tasks are too few for two value heads; give more train "
-            "tasks"
-        )
+        problem = "tasks are too few for two value heads; give more train tasks"
+        raise InputError(f"episodes of {len(places)} {problem}")
     fields = "trunk trunk_tokens state_hidden"
     encoded = [record.encoded for record in played]
     scores = score_all(agent, encoded, None, f"iteration {i}: values", fields)
@@ -447,7 +412,6 @@ def judge(agent: Agent, i: int, reward: str) -> None:
     if agent.ranks.rank == 0:
         tensors = {
             "advantages": advantages,
-            "real": real,
             "old_tokens": torch.cat([now.trunk_tokens for now in scores]),
         }
         write_tensors(run.path(f"iter_{i}/advantages.safetensors"), tensors)
@@ -466,17 +430,17 @@ def judge(agent: Agent, i: int, reward: str) -> None:
 def step_rewards(agent: Agent, i: int, played: list[Played], before: list[Tensor]) -> Tensor:
     """log D + log 2 of each action, within +-log 2; before: its log-prob by pi_i. -> [S]"""
     most = math.log(2)
-    run, ranks = agent.run, agent.ranks
+    run = agent.run
     logps = {}
     for part in parts_of(agent.config):
         _, scored = split_by_part(agent, played, part)
         name = part_name("discriminator", part)
-        read_weights(run, ranks, agent.policy, run.path(f"iter_{i}/{name}"))
+        read_weights(run, agent.policy, run.path(f"iter_{i}/{name}"))
         encoded = [record.encoded for record in scored]
         scores = score_all(agent, encoded, None, f"iteration {i}: D on episodes", "trunk")
         # A task may have several episodes.
         logps |= {id(record): now.trunk for record, now in zip(scored, scores)}
-    read_back(run, ranks, agent.policy)
+    read_back(run, agent.policy)
     logits = [logps[id(record)] - old for record, old in zip(played, before)]
     return (losses.step_reward(torch.cat(logits)) + most).clamp(-most, most)
 
@@ -511,7 +475,10 @@ def fit_values(
             values[fold.judge] = head(states[fold.judge]).cpu()
         if agent.ranks.rank == 0:
             write_tensors(run.path(f"iter_{i}/value_{number}.safetensors"), head.state_dict())
-    return values, mean_figures(figures, "value")
+    means = {}
+    for name in figures[0]:
+        means[f"value_{name}"] = sum(of_fold[name] for of_fold in figures) / len(figures)
+    return values, means
 
 
 def fit_value(head: Head, states: Tensor, returns: Tensor, fold, agent: Agent, seed: int) -> dict:
@@ -553,7 +520,6 @@ def read_advantages(agent: Agent, i: int) -> list[Played]:
 def reflect_episodes(agent: Agent, i: int) -> None:
     """Clipped PPO on the actions of whole episodes."""
     config = agent.config
-    started = time.time()
     played = read_advantages(agent, i)
 
     def loss_of(micro: list[Played], batch: list[Played]):
@@ -576,6 +542,4 @@ def reflect_episodes(agent: Agent, i: int) -> None:
     for ppo_pass in range(config.ppo_passes):
         seeds = [agent.seed("episodes", (i, ppo_pass), epoch) for epoch in range(config.epochs)]
         shuffled += batches(played, lambda record: record.steps, config.batch, seeds)
-    train(agent, config.method, i, shuffled, loss_of, falling_rate(agent, i, len(shuffled)))
-    agent.save(f"iter_{i}/policy")
-    agent.run.say(f"reflect {i}: {len(played)} episodes, {len(shuffled)} updates; {took(started)}")
+    reflect(agent, config.method, i, shuffled, loss_of)

@@ -228,11 +228,3 @@ def fit(
     head.load_state_dict(best_weights)
     with torch.no_grad():
         return {"loss": loss_on(fold.learn).item(), "loss_held": best, "passes": passes}
-
-
-def mean_figures(folds: list[dict[str, float]], prefix: str) -> dict[str, float]:
-    """The folds' figures, averaged, under prefix_name."""
-    means = {}
-    for name in folds[0]:
-        means[f"{prefix}_{name}"] = sum(figures[name] for figures in folds) / len(folds)
-    return means

@@ -47,9 +47,10 @@ from benchmarks.files import (
     json_entries,
     json_lines,
     need,
+    need_count,
     objects_of,
     read_contents,
-    reward_of,
+    sound_reward,
     sound_text,
     text_of,
 )
@@ -130,8 +131,7 @@ def make_env(name: str, workers: int | None = None, lenient: int = 0, **options)
     if workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, max(1, cores)) if getattr(make, "slow", False) else 0
-    is_count = isinstance(workers, int) and 0 <= workers <= 256
-    need(is_count, where, f"workers must be a number from 0 to 256, not {workers!r}")
+    need_count(where, "workers", workers, 0, 256)
     need(lenient in (0, 1), where, f"lenient must be 0 or 1, not {lenient!r}")
     arguments |= options
     env = Workers(source, arguments, workers) if workers else make(**arguments)
@@ -309,7 +309,7 @@ def read_chat(row: dict, where: str) -> Trajectory:
     steps = []
     for observation, action in zip(texts[2::2], texts[3::2]):
         steps.append(Step(re.sub(r"^Observation:\s*", "", observation), action))
-    reward = reward_of(row, where) if "reward" in row else 1.0
+    reward = sound_reward(row["reward"], where, "'reward'") if "reward" in row else 1.0
     return Trajectory(task_id, prompt, steps, reward)
 
 
@@ -336,9 +336,7 @@ def read_fireact(row: dict, where: str) -> Trajectory:
     if "messages" in row:
         texts = [text for _, text, _ in chat_turns(row, where)] + ["", ""]
         acts = parse_action(texts[1]) or texts[1].startswith("Observation:")
-        need(
-            bool(acts), where, "'id' is missing; only FireAct's chats, which act at once, have none"
-        )
+        need(bool(acts), where, "'id' is missing; only FireAct's chats have none")
         row = {"instruction": texts[0], "output": "\n".join(texts[1:])}
     question = text_of(row, "instruction", where).strip()
     need(question != "", where, "'instruction' is empty; it must be the question")
@@ -376,8 +374,8 @@ def read_saved(row: dict, where: str) -> Trajectory:
     for step, at in objects_of(row, "steps", where):
         steps.append(Step(text_of(step, "observation", at), text_of(step, "action", at)))
     need(isinstance(row["truncated"], bool), where, "'truncated' must be true or false")
-    task_id, reward = text_of(row, "task_id", where), reward_of(row, where)
-    return Trajectory(task_id, prompt, steps, reward, row["truncated"])
+    reward = sound_reward(row["reward"], where, "'reward'")
+    return Trajectory(text_of(row, "task_id", where), prompt, steps, reward, row["truncated"])
 
 
 def check_roles(messages: list[dict], where: str) -> None:
@@ -462,35 +460,31 @@ def play(env: Any, task_id: str) -> None:
             return
 
 
-class Parser(argparse.ArgumentParser):
-    def format_help(self) -> str:
-        # Only help imports all benchmarks.
-        lines = [
-            "files, in the folder given as data=FOLDER, or in the environment's own folder within",
-            "the one that STEPAGENT_DATA names:",
-        ]
-        for name, source in ENVIRONMENTS.items():
-            files = importlib.import_module(source.partition(":")[0]).FILES
-            if isinstance(files, dict):
-                # The question benchmarks share a module.
-                files = files[name]
-            lines.append(textwrap.fill(f"  {name}: {files}", 100, subsequent_indent="      "))
-        lines += [
-            "",
-            "options of all: workers=N, lenient=1 (see make_env); of each (see its class):",
-        ]
-        for name in ENVIRONMENTS:
-            options = [f"{key}={default}" for key, default in known_options(name).items()]
-            lines.append(f"  {name}: {', '.join(options)}")
-        self.epilog = "\n".join(lines)
-        return super().format_help()
+def epilog() -> str:
+    """The end of --help: the files and options of all environments."""
+    lines = ["files, in the folder given as data=FOLDER, or in the environment's own folder within"]
+    lines.append("the one that STEPAGENT_DATA names:")
+    for name, source in ENVIRONMENTS.items():
+        files = importlib.import_module(source.partition(":")[0]).FILES
+        if isinstance(files, dict):
+            # The question benchmarks share a module.
+            files = files[name]
+        lines.append(textwrap.fill(f"  {name}: {files}", 100, subsequent_indent="      "))
+    lines += ["", "options of all: workers=N, lenient=1 (see make_env); of each (see its class):"]
+    for name in ENVIRONMENTS:
+        options = [f"{key}={default}" for key, default in known_options(name).items()]
+        lines.append(f"  {name}: {', '.join(options)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description="Look at an environment.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if {"-h", "--help"} & set(sys.argv):
+        # Only help imports all benchmarks.
+        parser.epilog = epilog()
     names = f"one of: {', '.join(ENVIRONMENTS)}; or path/to/file.py:Class"
     parser.add_argument("env", help=names)
     parser.add_argument("--task", default=None, help="a task id (default: the first train task)")

@@ -135,12 +135,9 @@ def whiten(values: Tensor) -> Tensor:
     Values become 0 if rounding alone could tell them apart: they are nats, or rewards within 0 and
     1, and the log-prob of an action is a sum of hundreds of float32 numbers.
     """
-    if values.numel() == 0:
+    if values.numel() == 0 or values.std(unbiased=False) <= 1e-4:
         return torch.zeros_like(values)
-    std = values.std(unbiased=False)
-    if std <= 1e-4:
-        return torch.zeros_like(values)
-    return (values - values.mean()) / std
+    return (values - values.mean()) / values.std(unbiased=False)
 
 
 def ppo_loss(

@@ -36,8 +36,8 @@ __all__ = ["encode", "episode_figures", "practice", "run_episodes", "score", "se
 class Scores:
     """What a forward pass says of one trajectory: S expert steps, N leaves, d hidden size.
 
-    Log-probs and entropies are in nats, fp32; log-probs and entropies are differentiable. Values a
-    token are flat, action after action.
+    Log-probs and entropies are in nats, fp32, and differentiable. Values a token are flat, action
+    after action.
     """
 
     # [S], [N] summed log-prob of each expert action and of each leaf.

@@ -69,13 +69,13 @@ from training import (
     as_leaves,
     batches,
     cosine,
-    falling_rate,
     imitate,
     imitation_loss,
     play,
     practice_figures,
     practised_from,
     read_practice,
+    reflect,
     rounded,
     save_practice,
     score_all,
@@ -96,12 +96,12 @@ def main(config: Config) -> None:
     if method.imitates and not config.init:
         experts = [demonstration.encoded for demonstration in agent.sft_set]
         run.phase("sft", imitate, agent, experts, "sft/policy")  # line 2: pi_theta_0, eq. 2-3
-    run.phase("eval_0", evaluate, agent, "eval_0", config.eval_each)
+    run.phase("eval_0", evaluate, agent, "eval_0", 0, config.eval_each)
     for i in range(1, agent.iterations + 1):  # line 5
         if not run.has_done(f"eval_{i}"):
             method.iteration(agent, i)  # lines 6-12
-            run.phase(f"eval_{i}", evaluate, agent, f"eval_{i}", config.eval_each)
-    run.phase("eval_final", evaluate, agent, "final", config.eval_splits)
+            run.phase(f"eval_{i}", evaluate, agent, f"eval_{i}", i, config.eval_each)
+    run.phase("eval_final", evaluate, agent, "final", agent.iterations, config.eval_splits)
     run.phase("policy", agent.save, "policy")  # line 3, the output
     run.finish()
     run.say(f"finished: see {run.path('report.md')}")
@@ -163,7 +163,7 @@ class Method:
 IMITATION = "sft_lr sft_batch sft_epochs warmup sft_experts grad_norm save_minutes "
 REFLECTION = IMITATION + "lr batch epochs practice_experts "
 ROUNDS = REFLECTION + "iterations "
-RETRAINING = IMITATION + "practice_experts explore_temperature samples success"
+RETRAIN = IMITATION + "practice_experts explore_temperature samples success"
 PPO = "clip ppo_passes entropy kl temperature gamma gae_lambda value_lr samples "
 DISCRIMINATOR = "d_lr d_epochs d_batch d_scores expert_in_group "
 
@@ -173,15 +173,10 @@ METHODS = {
     "sft+": Method(3, sft_plus, ROUNDS + "practice match"),
     "ppo": Method(7, baselines.ppo, ROUNDS + PPO, plays=True),
     "dpo": Method(1, baselines.dpo, REFLECTION + "beta temperature samples", plays=True),
-    "rft": Method(1, baselines.rft, RETRAINING, plays=True, starts_again=True),
+    "rft": Method(1, baselines.rft, RETRAIN, plays=True, starts_again=True),
     "spin": Method(3, baselines.spin, ROUNDS + "beta temperature samples", plays=True),
     "nat": Method(
-        1,
-        baselines.nat,
-        RETRAINING,
-        plays=True,
-        starts_again=True,
-        prompt=baselines.marked_success,
+        1, baselines.nat, RETRAIN, plays=True, starts_again=True, prompt=baselines.marked
     ),
     "eto": Method(3, baselines.eto, ROUNDS + "beta explore_temperature samples", plays=True),
     "stepagent-implicit": Method(3, implicit, ROUNDS + "practice temperature beta dpo_nll"),
@@ -488,16 +483,6 @@ def kept_pairs(record: Practised) -> int:
     return int(record.differs.sum())
 
 
-def reflect(agent: Agent, name: str, i: int, shuffled: list[list], loss_of: Callable) -> None:
-    """Trains on an iteration's batches and saves its policy."""
-    started = time.time()
-    if not shuffled:
-        agent.run.say(f"iteration {i}: every practice action equals the expert's; nothing to learn")
-    train(agent, name, i, shuffled, loss_of, falling_rate(agent, i, len(shuffled)))
-    agent.save(f"iter_{i}/policy")
-    agent.run.say(f"reflect {i}: {len(shuffled)} updates; {took(started)}")
-
-
 # ==================================================== reflection with inverse RL, eq. 8, 10 and 11
 
 
@@ -531,11 +516,11 @@ def discriminate(agent: Agent, i: int, practised: list[Practised], part: int | N
 
     name = part_name("discriminator", part)
     train(agent, name, i, shuffled, loss_of, rate_at)
-    save_policy(run, ranks, agent.policy, agent.tokenizer, run.path(f"iter_{i}/{name}"))
+    save_policy(run, agent.policy, agent.tokenizer, run.path(f"iter_{i}/{name}"))
     judged = learnt + held_out
     encoded, leaves = [record.encoded for record in judged], [record.leaves for record in judged]
     scores = score_all(agent, encoded, leaves, f"iteration {i}: D", "trunk leaves")
-    read_back(run, ranks, agent.policy)
+    read_back(run, agent.policy)
 
     logits = [logits_of(now, before) for now, before in zip(scores, judged)]
     learnt_logits, held_out_logits = logits[: len(learnt)], logits[len(learnt) :]
@@ -650,17 +635,14 @@ def imitate_more(agent: Agent, i: int) -> None:
     reflect(agent, "sft+", i, shuffled, imitation_loss(agent))
 
 
-def evaluate(agent: Agent, name: str, splits: str) -> None:
+def evaluate(agent: Agent, name: str, iteration: int, splits: str) -> None:
     """Greedy episodes: success and mean reward with 95% bootstrap intervals over tasks."""
     config, run = agent.config, agent.run
     agent.policy.eval()
     prompt = agent.prompt
     method_prompt = METHODS[config.method].prompt
-    if method_prompt and name != "eval_0":
+    if method_prompt and iteration > 0:
         prompt = method_prompt(prompt)
-    # "eval_3" is after iteration 3; "final", after the last one.
-    number = name.split("_")[-1]
-    iteration = int(number) if number.isdigit() else agent.iterations
     for split in split_names(splits):
         started = time.time()
         tasks = some(agent.env.splits[split], config.eval_tasks)
@@ -727,21 +709,11 @@ def prepare(config: Config, method: Method) -> Agent:
     ranks = Ranks()
     run = RunDir(config, ranks, product_files(config))
     env = make_env(config.env, **env_options(config.env_options))
-    # What can be missing is looked for before hours are spent.
-    for model in {config.model, config.init} - {"tiny", ""}:
-        read_tokenizer(model)
-    if config.prompt_file:
-        read_prompt(config.prompt_file)
-    splits = split_names(f"{config.eval_splits},{config.eval_each}")
-    for split in splits:
-        if not env.splits.get(split):
-            used = ", ".join(name for name, tasks in env.splits.items() if tasks)
-            problem = "has no task in" if split in env.splits else "has no"
-            raise InputError(f"{config.env} {problem} split {split!r}; use {used}")
+    splits = check_inputs(config, env)
     plays = method.plays or config.reward != "step"
     experts = load_experts(run, env, plays)
     prompt = give_prompt(config, env, experts)
-    policy, tokenizer = load_policy(run, ranks, experts, method.starts_again)
+    policy, tokenizer = load_policy(run, experts, method.starts_again)
     demonstrations = encode_experts(run, experts, policy, tokenizer)
     if method.prompt:
         for expert in experts:
@@ -759,14 +731,35 @@ def prepare(config: Config, method: Method) -> Agent:
         iterations=rounds(config, method),
     )
     check_data(agent)
-    if ranks.rank == 0 and not run.state["done"]:
-        played = [some(env.splits[split], config.eval_tasks) for split in splits]
-        played += [[demo.task_id for demo in agent.practice_set]] if plays else []
-        for tasks in played:
-            try_out(env, tasks, experts[0].steps[0].action)
-    for split in splits:
-        agent.held_out(split, prompt)
+    try_worlds(agent, splits, plays)
     return agent
+
+
+def check_inputs(config: Config, env) -> list[str]:
+    """The splits to evaluate. What can be missing is looked for before hours are spent."""
+    for model in {config.model, config.init} - {"tiny", ""}:
+        read_tokenizer(model)
+    if config.prompt_file:
+        read_prompt(config.prompt_file)
+    splits = split_names(f"{config.eval_splits},{config.eval_each}")
+    for split in splits:
+        if not env.splits.get(split):
+            used = ", ".join(name for name, tasks in env.splits.items() if tasks)
+            problem = "has no task in" if split in env.splits else "has no"
+            raise InputError(f"{config.env} {problem} split {split!r}; use {used}")
+    return splits
+
+
+def try_worlds(agent: Agent, splits: list[str], plays: bool) -> None:
+    """A turn in each kind of task that will be played, and the expert on the held-out tasks."""
+    if agent.ranks.rank == 0 and not agent.run.state["done"]:
+        played = [some(agent.env.splits[split], agent.config.eval_tasks) for split in splits]
+        if plays:
+            played.append([demo.task_id for demo in agent.practice_set])
+        for tasks in played:
+            try_out(agent.env, tasks, agent.experts[0].trajectory.steps[0].action)
+    for split in splits:
+        agent.held_out(split, agent.prompt)
 
 
 def encode_experts(
@@ -791,20 +784,12 @@ def encode_experts(
 
 def check(config: Config, method: Method) -> None:
     if config.method in ("stepagent-inverse", "ppo") and config.temperature != 1:
-        raise InputError(
-            f"--temperature {config.temperature}: PPO's ratio is right for temperature 1 only; "
-            "leave it out"
-        )
+        raise InputError(f"--temperature {config.temperature}: PPO's ratio needs 1; leave it out")
     if config.init and method.imitates and not method.iteration:
-        raise InputError(
-            f"--init: {config.method} would not learn from it; give the policy as --model to learn "
-            "on, or take --method base to evaluate it"
-        )
+        raise InputError(f"--init: {config.method} would not learn from it; give it as --model")
     if config.lora_rank and config.init and method.starts_again:
-        raise InputError(
-            f"--lora-rank with --init: {config.method} starts again from --model, which adapters "
-            "of --init cannot; leave out one"
-        )
+        problem = f"{config.method} starts again from --model; leave out one"
+        raise InputError(f"--lora-rank with --init: {problem}")
     if config.match:
         remedy = "give as --match the --out of a run"
         other = read_object(Path(config.match, "config.json"), remedy, config=dict)["config"]

@@ -114,7 +114,7 @@ class Agent:
 
     def save(self, folder: str) -> None:
         """An ordinary Hugging Face folder, float32; a later start of the run continues from it."""
-        save_policy(self.run, self.ranks, self.policy, self.tokenizer, self.run.path(folder))
+        save_policy(self.run, self.policy, self.tokenizer, self.run.path(folder))
         self.run.state["policy"] = folder
 
     @contextmanager
@@ -369,7 +369,7 @@ def train(
     fused = ranks.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=fused)
     label = f"iteration {iteration}: {name}" if iteration else name
-    for step, batch in updates(run, ranks, policy, optimizer, batches, label):
+    for step, batch in updates(run, policy, optimizer, batches, label):
         started = time.time()
         info = defaultdict(float)
         # weight is 1, or 0 for a pass that only keeps sharded ranks in step.
@@ -455,6 +455,16 @@ def falling_rate(agent: Agent, iteration: int, count: int) -> Callable[[int], fl
         return agent.config.lr * cosine(done)
 
     return rate_at
+
+
+def reflect(agent: Agent, name: str, i: int, shuffled: list[list], loss_of: Callable) -> None:
+    """Trains on an iteration's batches and saves its policy."""
+    started = time.time()
+    if not shuffled:
+        agent.run.say(f"iteration {i}: nothing differs from the expert; nothing to learn")
+    train(agent, name, i, shuffled, loss_of, falling_rate(agent, i, len(shuffled)))
+    agent.save(f"iter_{i}/policy")
+    agent.run.say(f"reflect {i}: {len(shuffled)} updates; {took(started)}")
 
 
 # ---------------------------------------------------------------------------------------- imitation

@@ -267,10 +267,7 @@ class LeafCache:
 def pad_trunks(parts: tuple[Tensor, ...]) -> Tensor:
     """[H_kv, L_i, D] each -> [N, H_kv, L, D]."""
     longest = max(part.shape[1] for part in parts)
-    padded = parts[0].new_zeros(len(parts), parts[0].shape[0], longest, parts[0].shape[2])
-    for row, part in zip(padded, parts):
-        row[:, : part.shape[1]] = part
-    return padded
+    return torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
 
 
 def grown(buffers: tuple[Tensor, Tensor] | None, key: Tensor, rows: int, capacity: int):

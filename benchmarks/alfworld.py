@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.files import kind, load_json, need, objects_of, text_of
-from trajectory import InputError, Step, Trajectory, parse_action, render
+from benchmarks.files import kind, load_json, need, need_count, objects_of, show, text_of
+from trajectory import InputError, Trajectory, parse_action, render
 
 FILES = "json_2.1.1/ with its games, as alfworld-download makes it"
 # dev has the rooms of train, test has others.
@@ -33,7 +33,6 @@ TASK_TYPES = [
 # Treatments: where each is done, and the state that it leaves.
 STATION = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}
-TREATMENTS = ("CleanObject", "HeatObject", "CoolObject")
 # Of an object or a receptacle, as "mug 1".
 NAME = r"\w+ \d+"
 # The experts, and what TextWorld must tell them. Its planner is slow: it plans anew at each step.
@@ -269,7 +268,7 @@ class RuleExpert:
             self.seen[place].remove(thing)
         elif name == "PutObject":
             self.hand, self.stored = None, thing
-        elif name in TREATMENTS:
+        elif name.removesuffix("Object").lower() in STATION:
             self.treated = True
         for condition, text in self.wording.views:
             text = re.sub(r"\{r\..*?\}", self.place or "", text)
@@ -363,9 +362,8 @@ class ALFWorld:
         self, data: str | None = None, shown: str = "rule", misses: int = 5, max_steps: int = 40
     ):
         need(shown in EXPERTS, "alfworld", f"shown must be rule, planner or gt_traj, not {shown!r}")
-        for option, value, low in ("misses", misses, 0), ("max_steps", max_steps, 1):
-            problem = f"{option} must be a number between {low} and 1000, not {value!r}"
-            need(isinstance(value, int) and low <= value <= 1000, "alfworld", problem)
+        need_count("alfworld", "misses", misses, 0, 1000)
+        need_count("alfworld", "max_steps", max_steps, 1, 1000)
         self.shown = shown
         self.misses = misses
         self.limit = max_steps
@@ -431,15 +429,7 @@ class ALFWorld:
     def expert(self, task_id: str) -> Trajectory | None:
         """None: there is no gt_traj.json."""
         episode, observation = self.start(task_id, **EXPERTS[self.shown])
-        turn_after = self.player(task_id, episode)
-        trajectory = Trajectory(task_id, truncated=True)
-        while trajectory.truncated and len(trajectory.steps) < self.limit:
-            turn = turn_after(observation)
-            if turn is None:
-                break
-            trajectory.steps.append(Step(observation, turn))
-            observation, trajectory.reward, done, _ = episode.step(turn)
-            trajectory.truncated = not done
+        trajectory = show(task_id, self, episode, observation, self.player(task_id, episode))
         episode.close()
         return trajectory if trajectory.steps else None
 

@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from trajectory import InputError, render
+from trajectory import InputError, Step, Trajectory, render
 
 
 def need(condition: bool, where: str, problem: str) -> None:
     """InputError("where: problem") unless the condition holds."""
     if not condition:
         raise InputError(f"{where}: {problem}")
+
+
+def need_count(where: str, option: str, value: Any, least: int, most: int = 10**6) -> None:
+    """InputError unless an option is a whole number in this range."""
+    problem = f"{option} must be a whole number from {least} to {most}, not {value!r}"
+    need(isinstance(value, int) and least <= value <= most, where, problem)
 
 
 def kind(name: str) -> str:
@@ -30,6 +36,19 @@ def shortest_play(env, count: int) -> str:
     experts = [env.expert(task_id) for task_id in env.splits["train"][:count]]
     texts = [render(expert) for expert in experts if expert and expert.reward == 1]
     return min(texts, key=len, default="")
+
+
+def show(task_id: str, env, episode, observation: str, turn_after: Callable) -> Trajectory:
+    """What an expert's turns lead to. turn_after: observation -> its turn, None if none is left."""
+    trajectory = Trajectory(task_id, truncated=True)
+    while trajectory.truncated and len(trajectory.steps) < env.max_steps(task_id):
+        turn = turn_after(observation)
+        if turn is None:
+            break
+        trajectory.steps.append(Step(observation, turn))
+        observation, trajectory.reward, done, _ = episode.step(turn)
+        trajectory.truncated = not done
+    return trajectory
 
 
 def benchmark_folder(name: str, data: str | None, files: str) -> str:
@@ -52,7 +71,7 @@ def read_contents(path: str, remedy: str) -> str:
             return file.read()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8, or {remedy}"
         ) from None
     except (OSError, ValueError) as error:
         # ValueError: a NUL in the path.
@@ -148,10 +167,6 @@ def objects_of(row: dict, key: str, where: str) -> list[tuple[dict, str]]:
         need(isinstance(item, dict), where, problem)
         found.append((item, f"{where}, {key}[{i}]"))
     return found
-
-
-def reward_of(row: dict, where: str) -> float:
-    return sound_reward(row["reward"], where, "'reward'")
 
 
 # ---------------------------------------------------------------------------- what others answer

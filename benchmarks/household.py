@@ -10,8 +10,8 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from benchmarks.files import kind, need
-from trajectory import Step, Trajectory, parse_action, render
+from benchmarks.files import kind, need, need_count, show, sound_number
+from trajectory import Trajectory, parse_action, render
 
 FILES = "nothing"
 
@@ -80,8 +80,6 @@ TASK_TYPES = ["put", "clean", "heat", "cool", "put two", "examine"]
 HELD_OUT = 0.2
 # dev_more is for tuning with less noise.
 SIZES = {"train": 6000, "dev": 100, "dev_more": 400, "test": 300, "test_unseen": 300}
-# A train task that the expert solves in few steps.
-EXAMPLE = "train-1"
 
 
 def at(receptacle: str) -> str:
@@ -382,16 +380,11 @@ class Household:
     def __init__(
         self, receptacles: int = 8, distractors: int = 6, likely: float = 0.75, max_steps: int = 20
     ):
-        for option, value, low, high in [
-            ("receptacles", receptacles, 5, sum(limit for limit, _ in RECEPTACLES.values())),
-            ("distractors", distractors, 0, 1000),
-            ("likely", likely, 0.0, 1.0),
-            ("max_steps", max_steps, 1, 1000),
-        ]:
-            sort = "number" if isinstance(low, float) else "whole number"
-            problem = f"{option} must be a {sort} between {low} and {high}, not {value!r}"
-            is_sort = isinstance(value, (int, type(low)))
-            need(is_sort and low <= value <= high, "household", problem)
+        most = sum(limit for limit, _ in RECEPTACLES.values())
+        need_count("household", "receptacles", receptacles, 5, most)
+        need_count("household", "distractors", distractors, 0, 1000)
+        need_count("household", "max_steps", max_steps, 1, 1000)
+        sound_number(likely, "household", "likely", 0, 1)
         self.receptacles = receptacles
         self.distractors = distractors
         self.likely = likely
@@ -400,7 +393,8 @@ class Household:
         self.splits = {}
         for split, size in SIZES.items():
             self.splits[split] = [f"{split}-{i}" for i in range(size)]
-        self.example = render(self.expert(EXAMPLE))
+        # The expert solves it in few steps.
+        self.example = render(self.expert("train-1"))
 
     def max_steps(self, task_id: str) -> int:
         return self.limit
@@ -464,12 +458,4 @@ class Household:
 
     def expert(self, task_id: str) -> Trajectory:
         episode, observation = self.start(task_id)
-        expert = HouseholdExpert(observation)
-        trajectory = Trajectory(task_id)
-        done = False
-        while not done and len(trajectory.steps) < self.limit:
-            action = expert.turn(observation)
-            trajectory.steps.append(Step(observation, action))
-            observation, trajectory.reward, done, _ = episode.step(action)
-        trajectory.truncated = not done
-        return trajectory
+        return show(task_id, self, episode, observation, HouseholdExpert(observation).turn)

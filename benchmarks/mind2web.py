@@ -11,10 +11,9 @@ import os
 import pickle
 import random
 import re
-import struct
 from dataclasses import dataclass
 
-from benchmarks.files import benchmark_folder, need, shortest_play, stream_json
+from benchmarks.files import benchmark_folder, need, need_count, shortest_play, stream_json
 from trajectory import InputError, Step, Trajectory, parse_action
 
 FILES = (
@@ -202,10 +201,8 @@ class Mind2Web:
     )
 
     def __init__(self, data: str | None = None, candidates: int = 20, dev: int = 50):
-        numbers = isinstance(candidates, int) and isinstance(dev, int)
-        limits = "candidates must be a number, at least 1, and dev one, at least 0"
-        wrong = f"{limits}, not {candidates!r} and {dev!r}"
-        need(numbers and candidates >= 1 and dev >= 0, "mind2web", wrong)
+        need_count("mind2web", "candidates", candidates, 1)
+        need_count("mind2web", "dev", dev, 0)
         folder = benchmark_folder("mind2web", data, FILES)
         self.count = candidates
         self.tasks: dict[str, RecordedTask] = {}
@@ -380,36 +377,21 @@ def check_task(row: dict) -> None:
 class RankReader(pickle.Unpickler):
     """Unpickles plain data and numpy's numbers only: a pickle can name any function to call."""
 
-    BUILTINS = {"dict": dict, "list": list, "str": str, "float": float, "int": int}
-
-    class NumberType:
-        """Stands for numpy.dtype."""
-
-        CODES = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}
-
-        def __init__(self, name: str, *_):
-            self.code = self.CODES[name]
-            self.order = "<"
-
-        def __setstate__(self, state: tuple):
-            self.order = ">" if state[1] == ">" else "<"
-
-        def number(self, data: bytes):
-            return struct.unpack(self.order + self.code, data)[0]
+    # "__builtin__" and bytes by way of "_codecs" are in old pickles.
+    NAMES = {
+        "builtins": "dict list str float int",
+        "__builtin__": "dict list str float int",
+        "collections": "defaultdict OrderedDict",
+        "numpy": "dtype",
+        "numpy.core.multiarray": "scalar",
+        "numpy._core.multiarray": "scalar",
+        "_codecs": "encode",
+    }
 
     def find_class(self, module: str, name: str):
-        if (module, name) == ("numpy", "dtype"):
-            return self.NumberType
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
-            return self.NumberType.number
-        if (module, name) == ("_codecs", "encode"):
-            # Bytes, as old pickles write them.
-            return lambda text, _: text.encode("latin1")
-        if module == "collections" and name in ("defaultdict", "OrderedDict"):
-            return lambda *_: {}
-        if module in ("builtins", "__builtin__") and name in self.BUILTINS:
-            return self.BUILTINS[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no score file needs")
+        if name not in self.NAMES.get(module, "").split():
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no score file needs")
+        return super().find_class(module, name)
 
 
 def read_ranks(path: str, count: int) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ import os
 import re
 import string
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,7 @@ from benchmarks.files import (
     json_entries,
     json_lines,
     need,
+    need_count,
     objects_of,
     read_contents,
     shortest_play,
@@ -93,19 +94,6 @@ def read_2wiki(row: dict, where: str) -> Question:
     known = isinstance(answer_id, str | None)
     need(known, where, f"'answer_id' is not text but {type(answer_id).__name__}")
     return Question(question, [answer], kind, pages, hops, answer_id)
-
-
-def read_aliases(path: str, wanted: set[str]) -> dict[str, list[str]]:
-    """2Wiki's names of the entities that answers are: {id: aliases and demonyms}."""
-    aliases = {}
-    for row_name, row in json_lines(read_contents(path, "download it again"), path):
-        where = f"{path}, {row_name}"
-        need(isinstance(row, dict), where, "is not a JSON object; download it again")
-        if text_of(row, "Q_id", where) in wanted:
-            others = [row.get("aliases"), row.get("demonyms")]
-            need(all(map(is_texts, others)), where, "'aliases' or 'demonyms' is not a list of text")
-            aliases[row["Q_id"]] = others[0] + others[1]
-    return aliases
 
 
 def read_musique(row: dict, where: str) -> Question:
@@ -377,8 +365,7 @@ class QA:
     )
 
     def __init__(self, name: str, data: str | None = None, train_from_dev: int = 0):
-        whole = is_whole(train_from_dev) and train_from_dev >= 0
-        need(whole, name, f"train_from_dev must be a whole number, not {train_from_dev!r}")
+        need_count(name, "train_from_dev", train_from_dev, 0)
         self.name = name
         self.paper = BENCHMARKS[name].paper
         if name == "musique":
@@ -430,11 +417,21 @@ class QA:
                 self.questions[task_id] = question
 
     def _accept_aliases(self, path: str) -> None:
-        """As in 2Wiki's evaluation since v1.1."""
-        wanted = {question.answer_id for question in self.questions.values()}
-        aliases = read_aliases(path, wanted)
+        """As in 2Wiki's evaluation since v1.1: other names of the entities that answers are."""
+        asking = defaultdict(list)
         for question in self.questions.values():
-            question.answers += map(clean, aliases.get(question.answer_id, []))
+            asking[question.answer_id].append(question)
+        for row_name, row in json_lines(read_contents(path, "download it again"), path):
+            where = f"{path}, {row_name}"
+            need(isinstance(row, dict), where, "is not a JSON object; download it again")
+            for question in asking[text_of(row, "Q_id", where)]:
+                others = [row.get("aliases"), row.get("demonyms")]
+                need(
+                    all(map(is_texts, others)),
+                    where,
+                    "'aliases' or 'demonyms' is not a list of text",
+                )
+                question.answers += map(clean, others[0] + others[1])
 
     @functools.cached_property
     def example(self) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import weakref
 from collections.abc import Iterator
 
-from benchmarks.files import benchmark_folder, need, parse_json, read_contents
+from benchmarks.files import benchmark_folder, need, need_count, parse_json, read_contents
 from trajectory import InputError, Step, Trajectory, parse_action, render
 
 FILES = (
@@ -170,9 +170,8 @@ class ScienceWorld:
     ):
         known_split = split in ("package", "eto")
         need(known_split, "scienceworld", f"split must be package or eto, not {split!r}")
-        problem = f"variations must be a number, at least 1, not {variations!r}"
-        is_count = isinstance(variations, int) and variations >= 1
-        need(variations is None or is_count, "scienceworld", problem)
+        if variations is not None:
+            need_count("scienceworld", "variations", variations, 1)
         lists = read_eto_lists(data) if split == "eto" else {}
         self.simplification = simplification
         self.all_open = "openContainers" in simplification

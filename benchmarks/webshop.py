@@ -318,12 +318,6 @@ def detail_page(page: Page) -> tuple[list[str], dict[str, Page]]:
     return ["< Prev", *texts[page.name]], {"< Prev": replace(page, name="product")}
 
 
-def parse_shop_action(text: str) -> tuple[str, str]:
-    """(verb, argument in lower case) of a turn, as WebShop reads it: brackets do not nest."""
-    match = re.match(r"(.+)\[(.+)\]", parse_action(text) or "")
-    return (match[1], match[2].lower()) if match else ("", "")
-
-
 class WebShopEpisode:
     """One shopping trip, on the pages of WebShop's text mode. buttons: {lower-case text: Page}."""
 
@@ -360,7 +354,9 @@ class WebShopEpisode:
 
     def step(self, text: str) -> tuple[str, float, bool, dict]:
         """Plays one turn. Search works on every page, as in WebShop."""
-        verb, value = parse_shop_action(text)
+        # As WebShop reads it: brackets do not nest.
+        match = re.match(r"(.+)\[(.+)\]", parse_action(text) or "")
+        verb, value = (match[1], match[2].lower()) if match else ("", "")
         valid = True
         if verb == "search" and not self.done:
             self.found = self.shop.find(value)

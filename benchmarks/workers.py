@@ -233,9 +233,6 @@ class Workers:
         weakref.finalize(self, end_all, self.workers)
 
     def __getattr__(self, name: str) -> Any:
-        # Without env, its constructor has failed.
-        if name == "env":
-            raise AttributeError(name)
         return getattr(self.env, name)
 
     def start(self, task_id: str) -> tuple[WorkerEpisode, str]:

@@ -769,6 +769,9 @@ def machine() -> dict:
 def begin(file: Path, parts: list[str]) -> dict:
     """What the file holds; these parts are to be measured now."""
     new = {"machine": machine(), "parts": {}, "repetitions": {}}
+    table = file.with_suffix(".md")
+    if table.exists() and not file.exists() and set(parts) != set(PARTS):
+        sys.exit(f"error: {table} would lose its other parts; measure all, or give --out")
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else new
     if data["machine"] == new["machine"]:
         return data

@@ -395,18 +395,6 @@ def table2(runs: Runs, seeds: list[int]) -> None:
     write_table(runs, "table2", found, PAPER, base)
 
 
-def nine(runs: Runs, seeds: list[int]) -> None:
-    write_table(runs, "nine", main_runs(runs, seeds))
-
-
-def main_table(runs: Runs, seeds: list[int]) -> None:
-    write_table(runs, "main", main_runs(runs, seeds))
-
-
-def one_set(runs: Runs, seeds: list[int]) -> None:
-    write_table(runs, "one_set", main_runs(runs, seeds, "one_set/"))
-
-
 def table3(runs: Runs, seeds: list[int]) -> None:
     found = {
         "SFT": [runs.sft(seed, TEST) for seed in seeds],
@@ -636,9 +624,9 @@ PARTS = {
     "tune": tune,
     "tune_d": tune_d,
     "table2": table2,
-    "nine": nine,
-    "main": main_table,
-    "one_set": one_set,
+    "nine": lambda runs, seeds: write_table(runs, "nine", main_runs(runs, seeds)),
+    "main": lambda runs, seeds: write_table(runs, "main", main_runs(runs, seeds)),
+    "one_set": lambda runs, seeds: write_table(runs, "one_set", main_runs(runs, seeds, "one_set/")),
     "table3": table3,
     "figure4": figure4,
     "sizes": sizes,

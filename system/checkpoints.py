@@ -26,14 +26,14 @@ from system.run_dir import CHECKPOINT, RunDir
 
 
 def updates(
-    run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, batches: list, label: str
+    run: RunDir, policy: nn.Module, optimizer, batches: list, label: str
 ) -> Iterator[tuple[int, list]]:
     """(number, batch) of every update that is left to do.
 
     An earlier start's last whole checkpoint is loaded first. After each update there is another if
     --save-minutes have passed or a signal asks the run to stop.
     """
-    first = resume(run, ranks, policy, optimizer, len(batches))
+    first = resume(run, policy, optimizer, len(batches))
     saved_at = time.time()
     with PostponedSignal() as postponed:
         for step, batch in enumerate(run.bar(batches, label)):
@@ -41,30 +41,30 @@ def updates(
                 continue
             yield step, batch
             is_due = time.time() - saved_at >= 60 * run.config.save_minutes
-            told = ranks.gather({"due": is_due, "signal": postponed.number})
+            told = run.ranks.gather({"due": is_due, "signal": postponed.number})
             number = max(part["signal"] for part in told)
             if told[0]["due"] or number:
-                save(run, ranks, policy, optimizer, step + 1)
+                save(run, policy, optimizer, step + 1)
                 saved_at = time.time()
             if number:
                 raise Stopped(number)
 
 
-def save(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, done: int) -> None:
+def save(run: RunDir, policy: nn.Module, optimizer, done: int) -> None:
     target = run.path(f"checkpoints/{done:08d}")
     beside = target.with_suffix(".tmp")
-    if ranks.rank == 0:
+    if run.ranks.rank == 0:
         remove(beside)
         beside.mkdir(parents=True)
-    ranks.barrier()
+    run.ranks.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True)
     # Or CUDA copies everything to memory that stays pinned.
     writer.per_thread_copy_ahead = 0
     with plain_errors():
         dcp.save(learnt_tensors(policy, optimizer), storage_writer=writer)
-    ranks.barrier()
-    sums = checksums(ranks, beside, [path.name for path in beside.iterdir()])
-    if ranks.rank == 0:
+    run.ranks.barrier()
+    sums = checksums(run.ranks, beside, [path.name for path in beside.iterdir()])
+    if run.ranks.rank == 0:
         about = {"phase": run.current, "step": done, "files": sums, "log": run.phase_log()}
         manifest = json.dumps(about)
         write_text(beside / "manifest.json", f"{sha256(manifest)}\n{manifest}")
@@ -72,40 +72,39 @@ def save(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, done: int) -> 
         os.replace(beside, target)
         for old in named(target.parent, CHECKPOINT)[:-2]:
             remove(old)
-    ranks.barrier()
+    run.ranks.barrier()
 
 
-def resume(run: RunDir, ranks: Ranks, policy: nn.Module, optimizer, most: int) -> int:
+def resume(run: RunDir, policy: nn.Module, optimizer, most: int) -> int:
     """Loads the phase's last whole checkpoint; -> the number of updates done.
 
     A damaged one is named and removed, and the one before it is used. Other machines may see rank
     0's files late, so what rank 0 finds counts.
     """
     folder = run.path("checkpoints")
-    if ranks.rank == 0:
+    if run.ranks.rank == 0:
         for cut_off in named(folder, rf"{CHECKPOINT}\.tmp"):
             remove(cut_off)
     names = [path.name for path in named(folder, CHECKPOINT)]
-    names = ranks.gather({"names": names})[0]["names"]
+    names = run.ranks.gather({"names": names})[0]["names"]
     while names:
         folder = run.path(f"checkpoints/{names.pop()}")
-        manifest = ranks.gather({"found": read_manifest(folder)})[0]["found"]
+        manifest = run.ranks.gather({"found": read_manifest(folder)})[0]["found"]
         # An earlier phase's was left by a kill at the end of that phase.
-        is_earlier = manifest is not None and manifest["phase"] != run.current
-        files = manifest["files"] if manifest and not is_earlier else None
-        if files and checksums(ranks, folder, list(files)) == files:
-            tensors = learnt_tensors(policy, optimizer)
-            with plain_errors():
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-            for state in optimizer.state.values():
-                state["step"].fill_(manifest["step"])
-            run.restore_log(manifest["log"])
-            run.say(f"{run.current}: goes on after update {manifest['step']} of {most}")
-            return manifest["step"]
-        if not is_earlier:
+        if manifest is None or manifest["phase"] == run.current:
+            files = manifest["files"] if manifest else None
+            if files and checksums(run.ranks, folder, list(files)) == files:
+                tensors = learnt_tensors(policy, optimizer)
+                with plain_errors():
+                    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+                for state in optimizer.state.values():
+                    state["step"].fill_(manifest["step"])
+                run.restore_log(manifest["log"])
+                run.say(f"{run.current}: goes on after update {manifest['step']} of {most}")
+                return manifest["step"]
             instead = "the one before it is used" if names else "the phase begins again"
             run.say(f"warning: checkpoint {folder} is torn or corrupt; it is removed, {instead}")
-        if ranks.rank == 0:
+        if run.ranks.rank == 0:
             remove(folder)
     return 0
 

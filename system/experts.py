@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.files import json_entries, need, sound_reward, sound_text, text_of
+from benchmarks.files import json_entries, need, read_contents, sound_reward, sound_text, text_of
 from envs import (
     check_roles,
     load_trajectories,
@@ -17,7 +17,6 @@ from envs import (
     source_file,
     with_example,
 )
-from system.files import read_text
 from system.run_dir import ROOT, RunDir
 from trajectory import InputError, Trajectory
 
@@ -194,7 +193,7 @@ def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
 
 def read_prompt(path: str) -> list[dict]:
     """A user's prompt: a JSON list of chat messages, or the instruction as plain text."""
-    text = read_text(Path(path)).strip()
+    text = read_contents(path, "give the file with the prompt").strip()
     if not text:
         raise InputError(f"{path}: empty; give the instruction, or a JSON list of chat messages")
     if not text.startswith("["):

@@ -12,23 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.files import read_contents
 from system.errors import InputError
-
-
-def read_text(path: Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot be read (not UTF-8 text)") from None
 
 
 def read_json(path: Path, remedy: str):
     try:
-        return json.loads(read_text(path))
-    except InputError as error:
-        raise InputError(f"{error}; {remedy}") from None
+        return json.loads(read_contents(str(path), remedy))
     except (ValueError, RecursionError):
         raise InputError(f"{path}: broken JSON; {remedy}") from None
 

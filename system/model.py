@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from system.family import use_tree_attention
-from system.files import move_into_place, read_tensors, read_text, write_text
-from system.ranks import Ranks
+from system.files import move_into_place, read_tensors, write_text
 from system.run_dir import RunDir
 from system.sharding import Placement, fill, placement, shard
 from trajectory import (
@@ -48,7 +47,7 @@ logging.getLogger("transformers.modeling_utils").addFilter(is_news)
 
 
 def load_policy(
-    run: RunDir, ranks: Ranks, experts: list[Trajectory], starts_again: bool = False
+    run: RunDir, experts: list[Trajectory], starts_again: bool = False
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
     """The policy with tree attention, and its tokenizer; a continued run gets its last policy.
 
@@ -57,10 +56,10 @@ def load_policy(
     """
     config = run.config
     base = base_folder(run)
-    if config.model == "tiny" and ranks.rank == 0 and not base.exists():
+    if config.model == "tiny" and run.ranks.rank == 0 and not base.exists():
         make_tiny(experts, run.path("base.tmp"), config.seed)
         move_into_place(run.path("base.tmp"), base)
-    ranks.barrier()
+    run.ranks.barrier()
     saved = run.path(run.state["policy"]) if run.state["policy"] else None
     start = start_folder(run)
     # LoRA's adapters are learnt on the weights that the run began with.
@@ -82,26 +81,26 @@ def load_policy(
                 f"--init {config.init}: its {other} is not the one of --model {config.model}, "
                 f"from which {config.method} starts again; give the model that it was trained from"
             )
-        if ranks.rank == 0:
+        if run.ranks.rank == 0:
             # Its weights are needed later; a fault of theirs is said now.
             read_policy(base)
     policy = prepare(policy, config)
-    placed = placement(ranks, policy, config)
+    placed = placement(run.ranks, policy, config)
     if placed.pieces > 1:
         recompute(policy, placed)
-        whole = prepare(read_policy(folder), config) if ranks.rank == 0 else None
-        shard(ranks, policy, placed, config.dtype)
-        fill(ranks, policy, whole)
+        whole = prepare(read_policy(folder), config) if run.ranks.rank == 0 else None
+        shard(run.ranks, policy, placed, config.dtype)
+        fill(run.ranks, policy, whole)
         if not placed.gathers_whole:
             run.say("no device can hold all weights: passes gather them layer by layer, slowly")
         return policy, tokenizer
     half = config.lora_rank and config.dtype == "bfloat16"
     policy = prepare(read_policy(folder, torch.bfloat16 if half else torch.float32), config)
     if config.lora_rank and saved:
-        read_weights(run, ranks, policy, saved)
+        read_weights(run, policy, saved)
     policy.placed = placed
     recompute(policy, placed)
-    return policy.to(ranks.device), tokenizer
+    return policy.to(run.ranks.device), tokenizer
 
 
 def prepare(policy: nn.Module, config) -> nn.Module:
@@ -123,24 +122,24 @@ def recompute(policy: nn.Module, placed: Placement) -> None:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def forget(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
+def forget(run: RunDir, policy: nn.Module) -> None:
     """The policy's weights become those of the model before any imitation."""
     if run.config.lora_rank:
         begin_lora(policy, run.config.seed)
     else:
-        read_weights(run, ranks, policy, base_folder(run))
+        read_weights(run, policy, base_folder(run))
 
 
-def read_back(run: RunDir, ranks: Ranks, policy: nn.Module) -> None:
+def read_back(run: RunDir, policy: nn.Module) -> None:
     """The policy's weights become those last saved as the run's policy, to the bit."""
     saved = run.state["policy"]
     if run.config.lora_rank and not saved:
         begin_lora(policy, run.config.seed)
     else:
-        read_weights(run, ranks, policy, run.path(saved) if saved else start_folder(run))
+        read_weights(run, policy, run.path(saved) if saved else start_folder(run))
 
 
-def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | str) -> None:
+def read_weights(run: RunDir, policy: nn.Module, folder: Path | str) -> None:
     """The policy's weights become those that save_policy left in a folder."""
     if run.config.lora_rank:
         file = folder / "lora.safetensors"
@@ -150,7 +149,7 @@ def read_weights(run: RunDir, ranks: Ranks, policy: nn.Module, folder: Path | st
         if lost:
             raise InputError(f"{file}: not the adapters of this run ({lost[0]}); add --restart")
     elif isinstance(policy, FSDPModule):
-        fill(ranks, policy, read_policy(folder) if ranks.rank == 0 else None)
+        fill(run.ranks, policy, read_policy(folder) if run.ranks.rank == 0 else None)
     else:
         policy.load_state_dict(read_policy(folder).state_dict())
 
@@ -280,7 +279,7 @@ def loading(folder: str | Path):
         ) from error
 
 
-def save_policy(run: RunDir, ranks: Ranks, policy: nn.Module, tokenizer, target: Path) -> None:
+def save_policy(run: RunDir, policy: nn.Module, tokenizer, target: Path) -> None:
     """An ordinary Hugging Face folder in float32. Every rank calls this.
 
     LoRA is merged; lora.safetensors keeps the adapters for later phases.
@@ -289,9 +288,9 @@ def save_policy(run: RunDir, ranks: Ranks, policy: nn.Module, tokenizer, target:
     if isinstance(policy, FSDPModule):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(policy, options=options)
-    elif run.config.lora_rank and ranks.rank == 0:
+    elif run.config.lora_rank and run.ranks.rank == 0:
         state, adapters = merged(policy)
-    if ranks.rank == 0:
+    if run.ranks.rank == 0:
         if state is not None:
             for name in policy.all_tied_weights_keys:
                 state.pop(name, None)
@@ -302,10 +301,10 @@ def save_policy(run: RunDir, ranks: Ranks, policy: nn.Module, tokenizer, target:
         if adapters:
             save_file(adapters, beside / "lora.safetensors")
             # It has the type of the frozen weights.
-            saved = json.loads(read_text(beside / "config.json"))
+            saved = json.loads((beside / "config.json").read_text(encoding="utf-8"))
             write_text(beside / "config.json", json.dumps(saved | {"dtype": "float32"}, indent=2))
         move_into_place(beside, target)
-    ranks.barrier()
+    run.ranks.barrier()
 
 
 def make_tiny(experts: list[Trajectory], folder: Path, seed: int, width: int = 128) -> None:

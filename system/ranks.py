@@ -87,10 +87,8 @@ class Ranks:
 
     def sum_figures(self, info: dict[str, float]) -> dict[str, float]:
         """Over the ranks."""
-        if self.world == 1:
-            return info
         total = defaultdict(float)
-        for part in self.gather(dict(info)):
+        for part in self.gather(info):
             for name, figure in part.items():
                 total[name] += figure
         return total

@@ -24,9 +24,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from benchmarks.files import json_lines
+from benchmarks.files import json_lines, read_contents
 from system.errors import InputError
-from system.files import named, read_object, read_text, remove, write_text
+from system.files import named, read_object, remove, write_text
 from system.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,7 @@ class RunDir:
         """Writes report.md."""
         if self.ranks.rank == 0:
             log = self.path("metrics.jsonl")
-            rows = [row for _, row in json_lines(read_text(log), str(log))]
+            rows = [row for _, row in json_lines(read_contents(str(log), "put it back"), str(log))]
             write_text(self.path("report.md"), report(self.config, rows))
 
     def _check_place(self) -> None:
@@ -180,9 +180,7 @@ class RunDir:
                 )
             self.lock = open(mark, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise InputError(
-                f"--out {self.out} cannot be used ({error.strerror}); give another folder"
-            ) from None
+            raise InputError(f"--out {self.out}: {error.strerror}; give another folder") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -211,10 +209,8 @@ class RunDir:
         here = {"holder": self._holder(), "found": self._find(), "begun": now}
         rank_0 = self.ranks.gather(here)[0]
         if self._holder() != rank_0["holder"]:
-            raise InputError(
-                f"{self.out} is not the same folder on all machines; "
-                "give an --out on a file system that they share"
-            )
+            problem = "is not the same folder on all machines; give an --out that they share"
+            raise InputError(f"{self.out} {problem}")
         if found := rank_0["found"]:
             self.state = found["state"]
             self._compare(made_by, found["made_by"])

@@ -6,7 +6,7 @@ the policy; inside gathered() the ranks run it independently.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -203,20 +203,24 @@ def gathered(ranks: Ranks, policy: nn.Module):
     for part in policy.modules() if whole else [policy]:
         if isinstance(part, FSDPModule):
             part.unshard()
-    if whole:
+    with nullcontext() if whole else in_step(ranks, policy):
         yield
-    else:
-
-        def tell_others(*_) -> None:
-            any_working(ranks, True)
-
-        hook = policy.base_model.register_forward_pre_hook(tell_others)
-        yield
-        hook.remove()
-        while any_working(ranks, False):
-            empty_pass(policy)
     policy.set_reshard_after_forward(True)
     forget_passes(policy)
+
+
+@contextmanager
+def in_step(ranks: Ranks, policy: nn.Module):
+    """Every pass is one of all ranks: who has finished goes on with empty ones."""
+
+    def tell_others(*_) -> None:
+        any_working(ranks, True)
+
+    hook = policy.base_model.register_forward_pre_hook(tell_others)
+    yield
+    hook.remove()
+    while any_working(ranks, False):
+        empty_pass(policy)
 
 
 def any_working(ranks: Ranks, working: bool) -> bool:

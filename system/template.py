@@ -186,16 +186,18 @@ def check_whole(encoded, messages: list[dict], tokenizer) -> None:
     if begins(tokenizer, whole, encoded.ids):
         return
     # In which state, and whether by what was there before or by what came anew.
-    first, end = len(messages) - 2 * len(encoded.spans) + 1, 0
     problem, found, expected = "rewrites history", whole, encoded.ids
-    for i, (start, next_end) in enumerate(encoded.spans):
-        state = rendered(tokenizer, messages[: first + 2 * i], True)
+    prompt_messages, before = len(messages) - 2 * len(encoded.spans), 0
+    for number, (start, end) in enumerate(encoded.spans):
+        # The state before this action, as the template writes it at once.
+        state = rendered(tokenizer, messages[: prompt_messages + 2 * number + 1], True)
         if not begins(tokenizer, state, encoded.ids[:start]):
             found, expected = state, encoded.ids[:start]
-            if begins(tokenizer, state, encoded.ids[:end]):
+            if begins(tokenizer, state, encoded.ids[:before]):
+                # What was there stands: the new turn differs.
                 problem = "writes a turn differently by its place in the conversation"
             break
-        end = next_end
+        before = end
     difference = parting(decoded(tokenizer, expected), decoded(tokenizer, found))
     problem = f"{problem} in trajectory {encoded.task_id}: {difference}"
     raise broken_template(tokenizer, problem, "that keeps every turn as it was")

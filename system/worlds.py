@@ -70,7 +70,6 @@ class Player:
     action: list[int] = field(default_factory=list)
     allowed: int = 0
     noise: list[float] = field(default_factory=list)
-    invalid: int = 0
     done: bool = False
 
 
@@ -127,15 +126,14 @@ class Worlds:
 
     def _due(self, players: list[Player]) -> list[int]:
         """Whose worlds must have answered before anybody writes on."""
-        pending = [i for i, player in enumerate(players) if player.job]
+        asked = [i for i, player in enumerate(players) if player.job]
         if not self.slow:
-            return pending
-        early = [i for i in pending if players[i].waited]
-        if early:
-            return early
-        # Where nearly all wait, half of them do so for a stretch longer.
-        nearly_all = 4 * len(pending) > 3 * len(players)
-        return pending[: (len(pending) + 1) // 2] if nearly_all else []
+            return asked
+        overdue = [i for i in asked if players[i].waited]
+        if not overdue and 4 * len(asked) > 3 * len(players):
+            # Too few would write: half of the worlds are due at once, the others a stretch later.
+            return asked[: (len(asked) + 1) // 2]
+        return overdue
 
     def _start(self, player: Player) -> None:
         trajectory = player.trajectory
@@ -151,9 +149,8 @@ class Worlds:
         answer = sound_step(player.episode.step(text), where)
         observation, trajectory.reward, ended, info = answer
         trajectory.steps.append(Step(player.observation, text, action))
-        player.invalid += not info["valid"]
-        secondary = {name: figure for name, figure in info.items() if name != "valid"}
-        trajectory.info = {"invalid": player.invalid, **secondary}
+        invalid = trajectory.info["invalid"] + (not info.pop("valid"))
+        trajectory.info = {"invalid": invalid, **info}
         if action[-1] not in stop_ids(self.tokenizer):
             player.pending = player.pending + [closing_id(self.tokenizer)]
         player.pending = player.pending + state_ids(self.tokenizer, observation)

@@ -72,8 +72,7 @@ def opened(out: Path, *words: str) -> Agent:
 def after(out: Path, monkeypatch, write: Writer, *words: str) -> Agent:
     """The agent of a run whose training episodes are forged and that makes no update."""
     forge(monkeypatch, write)
-    for module in (training, baselines):
-        monkeypatch.setattr(module, "train", lambda *rest: None)
+    monkeypatch.setattr(training, "train", lambda *rest: None)
     run(out, *words)
     return opened(out, *words)
 

@@ -216,7 +216,7 @@ def test_the_loss_of_pairs_is_dpo_on_the_sums_over_all_actions(tmp_path, monkeyp
     def record(agent, name, iteration, batches, loss_of, rate_at):
         found.append(loss_of(batch[:2], batch))
 
-    monkeypatch.setattr(baselines, "train", record)
+    monkeypatch.setattr(training, "train", record)
     baselines.reflect_pairs(agent, 1, pairs)
     [(loss, _)] = found
     sums = []
@@ -392,8 +392,8 @@ def test_nat_is_evaluated_with_the_mark_of_success_once_it_has_seen_marks(
         return [Trajectory(task, [], [Step("", "")], info={"invalid": 0}) for task in tasks]
 
     monkeypatch.setattr(stepagent, "play", play)
-    for name in ("eval_0", "eval_1", "final"):
-        stepagent.evaluate(agent, name, "dev")
+    for name, iteration in (("eval_0", 0), ("eval_1", 1), ("final", 1)):
+        stepagent.evaluate(agent, name, iteration, "dev")
     assert prompts == [[], marked([], True), marked([], True)]
 
 
@@ -410,12 +410,13 @@ def long_marks(monkeypatch, *long: bool) -> None:
     """These marks have more tokens than the model's context."""
     usual = baselines.marked
 
-    def marked_at_length(prompt, success):
+    def marked_at_length(prompt, success=True):
         first, *rest = usual(prompt, success)
         text = "too long " * 2000 if success in long else first["content"]
         return [first | {"content": text}, *rest]
 
     monkeypatch.setattr(baselines, "marked", marked_at_length)
+    monkeypatch.setattr(stepagent.METHODS["nat"], "prompt", marked_at_length)
 
 
 def test_an_own_episode_that_a_mark_makes_longer_than_the_context_is_left_out(

@@ -43,7 +43,7 @@ def learn(out: Path, seconds: float = 0.0, **options) -> torch.nn.Module:
 
     def phase():
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
-        for step, batch in updates(here, ranks, policy, optimizer, list(range(UPDATES)), "sft"):
+        for step, batch in updates(here, policy, optimizer, list(range(UPDATES)), "sft"):
             # Each update is the work of one rank; the sum over ranks is the same for any number.
             if batch % ranks.world == ranks.rank:
                 policy(torch.tensor([1.0, batch, 2.0])).pow(2).sum().backward()
@@ -67,8 +67,8 @@ def kill_after_saving(monkeypatch, deaths: list, most: int) -> None:
     """Dies after a checkpoint, `most` times."""
     save = checkpoints.save
 
-    def save_and_die(here, ranks, policy, optimizer, done):
-        save(here, ranks, policy, optimizer, done)
+    def save_and_die(here, policy, optimizer, done):
+        save(here, policy, optimizer, done)
         if len(deaths) < most:
             deaths.append(done)
             raise Killed

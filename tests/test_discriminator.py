@@ -16,7 +16,6 @@ from discriminator import (
     figures_of,
     fit,
     fold_of,
-    mean_figures,
     reward_figures,
 )
 from trajectory import InputError
@@ -176,8 +175,3 @@ def test_the_head_of_the_iteration_before_goes_on(tmp_path):
     loaded = Head.load_or_make(tmp_path / "head.safetensors", 5, 0)
     features = torch.randn(7, 5)
     assert torch.equal(loaded(features), head(features))
-
-
-def test_the_figures_of_two_folds_are_averaged():
-    folds = [{"loss": 1.0, "passes": 4}, {"loss": 3.0, "passes": 6}]
-    assert mean_figures(folds, "d") == {"d_loss": 2.0, "d_passes": 5.0}

@@ -78,7 +78,7 @@ def test_every_environment_has_its_file_class_and_options(name):
 
 @pytest.mark.parametrize("workers", [-1, 257, "two", 0.5])
 def test_a_bad_number_of_workers_is_refused(workers):
-    with pytest.raises(InputError, match="workers must be a number from 0 to 256"):
+    with pytest.raises(InputError, match="workers must be a whole number from 0 to 256"):
         make_env("household", workers=workers)
 
 

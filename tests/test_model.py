@@ -67,7 +67,7 @@ def open_policy(out: Path, experts=(), starts_again=False, **options):
     """-> run, ranks, policy, tokenizer."""
     ranks = Ranks()
     run = RunDir(Options(str(out), **options), ranks, [])
-    return run, ranks, *load_policy(run, ranks, list(experts), starts_again)
+    return run, ranks, *load_policy(run, list(experts), starts_again)
 
 
 def learn(policy, tokenizer, experts, lr: float = 1e-2) -> None:
@@ -84,7 +84,7 @@ def learn(policy, tokenizer, experts, lr: float = 1e-2) -> None:
 
 
 def save(run, ranks, policy, tokenizer, name: str = "policy") -> Path:
-    save_policy(run, ranks, policy, tokenizer, run.path(name))
+    save_policy(run, policy, tokenizer, run.path(name))
     return run.path(name)
 
 
@@ -231,7 +231,7 @@ def test_forgetting_brings_back_the_model_before_any_imitation(tmp_path, model, 
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     learn(policy, tokenizer, experts)
     assert not all(torch.equal(before[name], x) for name, x in policy.state_dict().items())
-    forget(run, ranks, policy)
+    forget(run, policy)
     assert all(torch.equal(before[name], x) for name, x in policy.state_dict().items())
 
 
@@ -564,7 +564,7 @@ def test_adapters_that_lack_one_are_refused(tmp_path, model):
     run, ranks, policy, tokenizer = open_policy(tmp_path / "x", model=model, lora_rank=3)
     folder = save(run, ranks, policy, tokenizer)
     run.state["policy"] = "policy"
-    read_back(run, ranks, policy)
+    read_back(run, policy)
     adapters = load_file(folder / "lora.safetensors")
     gone = adapters.pop("model.layers.1.mlp.up_proj.B")
     for more in (
@@ -573,4 +573,4 @@ def test_adapters_that_lack_one_are_refused(tmp_path, model):
     ):
         save_file(adapters | more, folder / "lora.safetensors")
         with pytest.raises(InputError, match="lora.safetensors: not the adapters of this run"):
-            read_back(run, ranks, policy)
+            read_back(run, policy)

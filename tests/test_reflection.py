@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 import envs
 import naive
 import stepagent
+import training
 from discriminator import ActionValues, read_log_d
 from rollout import score
 from stepagent import METHODS, Config, prepare, step_advantages
@@ -224,7 +225,7 @@ def test_the_implicit_loss_is_the_naive_one(tmp_path, monkeypatch, start_from):
     def record(agent, name, iteration, batches, loss_of, rate_at):
         found[name] = loss_of(batch[:2], batch)
 
-    monkeypatch.setattr(stepagent, "train", record)
+    monkeypatch.setattr(training, "train", record)
     agent.config.dpo_nll = 0.5
     stepagent.reflect_implicit(agent, 1, batch)
     loss, info = found["implicit"]
@@ -327,7 +328,7 @@ def test_the_loss_of_inverse_reflection_by_hand(tmp_path, monkeypatch, start_fro
         given["loss"], given["info"] = loss_of(batch[:2], batch)
         given["batches"] = batches
 
-    monkeypatch.setattr(stepagent, "train", record)
+    monkeypatch.setattr(training, "train", record)
     agent.config.ppo_passes = 3
     batch[0].differs.zero_()
     stepagent.reflect_inverse(agent, 1, batch, log_d)
@@ -373,7 +374,7 @@ def test_the_loss_with_the_experts_action_in_the_group(tmp_path, monkeypatch, st
     def record(agent, name, iteration, batches, loss_of, rate_at):
         given.append(loss_of(batch[:2], batch))
 
-    monkeypatch.setattr(stepagent, "train", record)
+    monkeypatch.setattr(training, "train", record)
     stepagent.reflect_inverse(agent, 1, batch, log_d)
     policy = LlamaForCausalLM.from_pretrained(out / "other", attn_implementation="eager")
     objective = kl = entropy = 0.0
@@ -433,7 +434,9 @@ def watched_train(monkeypatch, skip: str = "") -> list[dict]:
         if not skip or not name.startswith(skip):
             train(agent, name, iteration, batches, loss_of, rate_at)
 
+    # discriminate calls it by stepagent's name, reflect by training's.
     monkeypatch.setattr(stepagent, "train", watched)
+    monkeypatch.setattr(training, "train", watched)
     return calls
 
 

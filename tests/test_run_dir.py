@@ -354,7 +354,7 @@ def lose(path: Path) -> None:
         ("state.json", "[]", "state.json: not a JSON object"),
         ("state.json", '{"done": []}', "state.json: 'policy' is missing or broken"),
         ("state.json", '{"done": 3, "policy": "", "log_bytes": 0}', "'done' is missing or broken"),
-        ("state.json", b"\xff", "state.json: cannot be read .not UTF-8 text"),
+        ("state.json", b"\xff", r"state.json: not UTF-8 text \(byte 0\)"),
         ("config.json", None, "config.json: cannot be read"),
         ("config.json", '{"config": {', "config.json: broken JSON"),
         ("config.json", '{"code": {}}', "config.json: 'config' is missing or broken"),
@@ -377,7 +377,7 @@ def test_a_broken_run_directory_is_one_line_and_loses_nothing(tmp_path, name, te
     lose(out / name)
     if text is not None:
         (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    remedy = "; put it back, give another --out, or --restart to begin again"
+    remedy = "put it back, give another --out, or --restart to begin again"
     with pytest.raises(InputError, match=f"{says}.*{remedy}$") as error:
         open_dir(out)
     assert len(str(error.value).splitlines()) == 1

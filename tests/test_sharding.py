@@ -210,7 +210,8 @@ def test_a_sharded_policy_forgets(tmp_path, one_rank):
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(2)
-    forget(SimpleNamespace(config=options(model=str(tmp_path))), one_rank, policy)
+    run_dir = SimpleNamespace(config=options(model=str(tmp_path)), ranks=one_rank)
+    forget(run_dir, policy)
     expected = dict(base.named_parameters())
     for name, weight in policy.named_parameters():
         assert torch.equal(weight.full_tensor(), expected[name]), name
@@ -258,11 +259,13 @@ def become_phi_and_back(folder: str, out: str) -> None:
     ranks = Ranks()
     policy, tokenizer = sharded_copy(ranks, Path(folder)), read_tokenizer(folder)
     state = {"policy": "saved"}
-    run_dir = SimpleNamespace(config=options(model=folder), state=state, path=Path(out).joinpath)
+    run_dir = SimpleNamespace(
+        config=options(model=folder), ranks=ranks, state=state, path=Path(out).joinpath
+    )
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(1.01)
-    save_policy(run_dir, ranks, policy, tokenizer, run_dir.path("saved"))
+    save_policy(run_dir, policy, tokenizer, run_dir.path("saved"))
     for gathers_whole in (True, False):
         policy.gathers_whole = gathers_whole
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
@@ -271,10 +274,10 @@ def become_phi_and_back(folder: str, out: str) -> None:
             (scores.leaves.sum() - scores.trunk.sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        save_policy(run_dir, ranks, policy, tokenizer, run_dir.path(f"phi_{gathers_whole}"))
+        save_policy(run_dir, policy, tokenizer, run_dir.path(f"phi_{gathers_whole}"))
         with torch.no_grad(), gathered(ranks, policy):
             score(policy, DATA, LEAVES)
-        read_back(run_dir, ranks, policy)
+        read_back(run_dir, policy)
         whole = {name: weight.full_tensor() for name, weight in policy.named_parameters()}
         with torch.no_grad(), gathered(ranks, policy):
             [scores] = score(policy, DATA, LEAVES)

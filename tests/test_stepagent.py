@@ -407,7 +407,7 @@ def test_sft_plus_takes_the_updates_of_the_run_it_is_matched_to(tmp_path, monkey
         taken.append((name, iteration, tasks))
         train(agent, name, iteration, batches, *rest)
 
-    monkeypatch.setattr(stepagent, "train", recording)
+    monkeypatch.setattr(training, "train", recording)
     words = ["--method", "sft+", "--init", str(first / "sft" / "policy"), "--match", str(first)]
     second = run(tmp_path / "b", *QUIET, "--model", model, *words)
     assert [(name, iteration) for name, iteration, _ in taken] == [("sft+", 1), ("sft+", 2)]
