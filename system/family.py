@@ -89,8 +89,10 @@ def check_family(model) -> None:
     # Written so that nan is refused, too.
     if not difference <= TOLERANCE:
         raise InputError(
-            f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats; use "
-            "a model with plain softmax attention, such as Llama, Mistral, Qwen or Gemma 3"
+            f"{unsupported(model)} differs from its own forward pass by {difference:.2g} nats "
+            "(soft-capping, attention sinks, another mask, no attention at all, or positions that "
+            "depend on the longest in the pass); use a model with plain softmax attention, such as "
+            "Llama, Mistral, Qwen or Gemma 3"
         )
 
 

@@ -264,10 +264,11 @@ def shapes(policy: nn.Module) -> dict[str, torch.Size]:
 @contextmanager
 def loading(folder: str | Path):
     """Whatever the library raises inside becomes one line."""
-    # With peft installed the library would apply them, without it leave them out.
-    if find_adapter_config_file(str(folder)):
-        raise InputError(f"model {folder}: has adapters; give the model into which they are merged")
     try:
+        # With peft installed the library would apply them, without it leave them out.
+        if find_adapter_config_file(str(folder)):
+            remedy = "give the model into which they are merged"
+            raise InputError(f"model {folder}: has adapters; {remedy}")
         yield
     except InputError:
         raise

@@ -525,7 +525,7 @@ def test_a_broken_game_is_reported_with_its_file(tmp_path, freed, content):
     "options", [{"misses": -1}, {"max_steps": 0}, {"misses": "x"}, {"shown": "me"}]
 )
 def test_bad_options_are_refused(options):
-    with pytest.raises(InputError, match="must be (a number|rule)"):
+    with pytest.raises(InputError, match="must be (a whole number|rule)"):
         make_env("alfworld", workers=0, **options)
 
 
