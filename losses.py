@@ -153,7 +153,7 @@ def ppo_loss(
     log_ratio = torch.where(mask.bool(), logps - old_logps, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    loss = -_mean(torch.min(ratio * advantages, clipped * advantages), count, mask)  # eq. 8
+    loss = -_mean(torch.min(ratio * advantages, clipped * advantages), count, mask)  # line 12
     outside = (ratio.detach() - 1).abs() > clip
     info = {
         "ppo_loss": loss.detach(),

@@ -237,6 +237,22 @@ def cache_bytes(model: Backbone, benchmark: Benchmark, K: int, shared: bool) -> 
     return batch_size(benchmark, K) * model.kv_bytes * tokens
 
 
+def inspection_seconds(
+    model: Backbone, benchmark: Benchmark, K: int, gpus: int, load: dict, work: dict
+) -> float:
+    """On the busiest GPU. load, work: tokens and FLOPs of a trajectory by phase."""
+    rate, bandwidth = PEAK * MFU, HBM * HBM_SHARE
+    trajectories, together = math.ceil(benchmark.tasks / gpus), batch_size(benchmark, K)
+    steps = benchmark.action - 1
+    # The mean over the decode steps.
+    held = model.kv_bytes * (load["prefill"][0] + load["decode"][0] / 2)
+    embedding = model.config.vocab_size * model.config.hidden_size
+    read = 2 * (model.parameters - embedding) + together * held
+    decode_step = max(read / bandwidth, together * work["decode"] / steps / rate)
+    prefill = trajectories * work["prefill"] / rate
+    return float(prefill + math.ceil(trajectories / together) * steps * decode_step)
+
+
 def cost(
     model: Backbone,
     benchmark: Benchmark,
@@ -254,17 +270,6 @@ def cost(
     work = {phase: flops(model, part) for phase, part in load.items()}
     rate, bandwidth = PEAK * MFU, HBM * HBM_SHARE
 
-    # Inspection, on the busiest GPU.
-    trajectories, together = math.ceil(benchmark.tasks / gpus), batch_size(benchmark, K)
-    steps = benchmark.action - 1
-    # The mean over the decode steps.
-    held = model.kv_bytes * (load["prefill"][0] + load["decode"][0] / 2)
-    embedding = model.config.vocab_size * model.config.hidden_size
-    read = 2 * (model.parameters - embedding) + together * held
-    decode_step = max(read / bandwidth, together * work["decode"] / steps / rate)
-    inspection = trajectories * work["prefill"] / rate
-    inspection += math.ceil(trajectories / together) * steps * decode_step
-
     # What learns: sequences are trajectories, or single actions (DPO: two a pair).
     def training(load: str, batch: float, per_action: float) -> tuple[float, float, int]:
         """Seconds of a pass, its updates, the sequences of one. batch: practice actions."""
@@ -278,7 +283,7 @@ def cost(
         sequence = 4 * work[load] / in_trajectory / rate
         return updates * math.ceil(sequences / gpus) * sequence, updates, sequences
 
-    scoring = trajectories * work["score"] / rate
+    scoring = math.ceil(benchmark.tasks / gpus) * work["score"] / rate
     passes = SETTINGS.ppo_passes if inverse else 1
     seconds, updates, sequences = training("reflect", pairs, 1 if inverse else 2)
     reflection, updates = passes * seconds, passes * updates
@@ -292,7 +297,8 @@ def cost(
     optimizer = 28 * model.parameters / gpus / bandwidth
     links = 8 * model.parameters / LINK if gpus > 1 else 0
     stepping = (updates + updates_of_d) * (optimizer + links)
-    phases = (float(inspection), scoring, discriminator, reflection, stepping)
+    inspection = inspection_seconds(model, benchmark, K, gpus, load, work)
+    phases = (inspection, scoring, discriminator, reflection, stepping)
     return {
         "pflop": benchmark.tasks * total / 1e15,
         **dict(zip(PHASES, phases)),

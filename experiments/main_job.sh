@@ -26,7 +26,7 @@ run() {
         --env household --model models/tiny-household --seed "$seed" "$@"
 }
 
-# The learning rates are from `reproduce.py tune`, but for Inverse's: a trial on three dev seeds.
+# The learning rates are from `reproduce.py tune`, but for Inverse's: a prototype's, on dev.
 run --method sft --out "$out/sft"
 run --method stepagent-implicit --init "$out/sft/policy" --lr 1.5e-4 --out "$out/implicit"
 run --method sft+ --init "$out/sft/policy" --lr 5e-4 --match "$out/implicit" --out "$out/sft_plus"

@@ -4,7 +4,7 @@
     tune_d    the discriminator of StepAgent-Inverse and its PPO, on 500 dev tasks, three seeds
     table2    all methods from the same SFT within a seed, on 300 test and 300 test_unseen tasks
     nine      SFT, SFT+ and the two reflections on nine seeds
-    main      the same with today's discriminator, five seeds
+    main      the same with the discriminator of this code, five seeds
     one_set   the same with one set of demonstrations for SFT and practice, as in the paper
     table3    reward types of StepAgent-Inverse: step, final, both
     figure4   iterations 0 to 9 on dev; K = 1 to 5 on test
@@ -17,7 +17,7 @@ stopped. Writes experiments/results/WHAT.md, .json and, for curves, .svg. What t
 run is kept in experiments/results/runs; --report makes tables from these files and runs nothing.
 
 Compare within a seed only: CPUs of different kinds round differently, and the seeds were run on
-two kinds. Needs experiments/requirements.txt.
+several. Needs experiments/requirements.txt.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ METHODS = {
 IMPLICIT, INVERSE = "StepAgent-Implicit", "StepAgent-Inverse"
 MAIN = ("SFT+", IMPLICIT, INVERSE)
 
-# The best rates of `tune`, or within a point of it (ETO). Inverse's is from a trial on three dev
-# seeds (docs/results.md). RFT and NAT have none.
+# The best rates of `tune`, or within a point of it (ETO). Inverse's is a prototype's, on dev
+# (docs/results.md). RFT and NAT have none.
 RATES = {
     "SFT+": "5e-4",
     "PPO": "1.5e-4",

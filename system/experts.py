@@ -193,7 +193,7 @@ def give_prompt(config, env, experts: list[Trajectory]) -> list[dict]:
 
 def read_prompt(path: str) -> list[dict]:
     """A user's prompt: a JSON list of chat messages, or the instruction as plain text."""
-    text = read_contents(path, "give the file with the prompt").strip()
+    text = read_contents(path, "give the file with the prompt").replace("\r\n", "\n").strip()
     if not text:
         raise InputError(f"{path}: empty; give the instruction, or a JSON list of chat messages")
     if not text.startswith("["):

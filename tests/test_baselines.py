@@ -290,6 +290,15 @@ def test_the_experts_tokens_are_no_pair_whatever_the_files_text(tmp_path, model)
     assert new_episodes(agent, episodes) == []
 
 
+def test_a_cut_off_file_of_episodes_is_one_line(tmp_path, model):
+    agent = opened(tmp_path / "x", *ONE, "dpo", "--model", model)
+    path = agent.run.path("iter_1/episodes.jsonl")
+    path.parent.mkdir()
+    path.write_text('{"task_id": "tra')
+    with pytest.raises(InputError, match="episodes.jsonl, line 1: broken JSON"):
+        baselines.read_episodes(agent, 1)
+
+
 def test_spin_keeps_the_pairs_of_the_round_before(tmp_path, monkeypatch, model):
     words = [*ONE, "spin", "--iterations", "3", "--model", model]
     agent = after(tmp_path / "x", monkeypatch, changed, *words)

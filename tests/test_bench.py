@@ -68,3 +68,10 @@ def test_a_table_is_of_one_machine(measured):
     done = bench("--out", str(out), "--only", "update", "--shape", "reference")
     (out / "bench.json").write_text(json.dumps(data), encoding="utf-8")
     assert done.returncode == 1 and "of another machine or other versions" in done.stderr
+
+
+def test_a_table_without_its_figures_is_not_overwritten(measured, tmp_path):
+    (tmp_path / "bench.md").write_text("all parts", encoding="utf-8")
+    done = bench("--out", str(tmp_path), "--only", "update", "--shape", "reference")
+    assert done.returncode == 1 and "would lose its other parts" in done.stderr
+    assert (tmp_path / "bench.md").read_text(encoding="utf-8") == "all parts"

@@ -223,6 +223,13 @@ def test_a_prompt_file_has_messages_or_the_instruction(tmp_path, words):
     assert read_prompt(str(tmp_path / "prompt")) == OPENING
 
 
+def test_a_prompt_file_of_another_system(tmp_path):
+    """With a byte order mark, and with its ends of lines."""
+    for text, content in ((json.dumps(OPENING), "Rules."), ("Rules.\r\nMore.", "Rules.\nMore.")):
+        (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert read_prompt(str(tmp_path / "prompt"))[0]["content"] == content
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
